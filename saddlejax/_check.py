@@ -1,0 +1,79 @@
+"""Checks of arguments: every message names the argument, the rule, what came, and what to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Whether values can be looked at now, that is, nothing in the trees is being traced."""
+    leaves = jax.tree.leaves(trees)
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def fail(argument: str, rule: str, got: Any, remedy: str = "") -> ValueError:
+    """The error to raise for a bad argument."""
+    text = f"{argument} must {rule}, but it was {got}."
+    return ValueError(f"{text} {remedy}" if remedy else text)
+
+
+def positive_number(argument: str, value: Any, remedy: str = "") -> None:
+    """Refuse anything but positive finite real numbers; traced values pass."""
+    if not is_concrete(value):
+        return
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise fail(argument, "be a positive number", repr(value), remedy) from None
+    if not (np.all(np.isfinite(array)) and np.all(array > 0)):
+        raise fail(argument, "be positive and finite", value, remedy)
+
+
+def whole_number(argument: str, value: Any, least: int = 1) -> None:
+    """Refuse anything but whole numbers of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise fail(argument, f"be a whole number of at least {least}", repr(value))
+
+
+def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
+    """The sizes of the layers as a tuple, at least input and output, each at least one."""
+    if isinstance(sizes, str | int) or not isinstance(sizes, Sequence | np.ndarray):
+        raise fail(argument, "be a list of layer sizes such as [64, 100, 10]", repr(sizes))
+    if len(sizes) < 2:
+        raise fail(
+            argument,
+            "hold at least two sizes, input and output",
+            list(sizes),
+            "A network with one weight matrix is [in_size, out_size].",
+        )
+    for position, size in enumerate(sizes):
+        whole_number(f"{argument}[{position}]", size)
+    return tuple(int(size) for size in sizes)
+
+
+def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
+    """Indices of layers, counted from 0 (negative from the end); None means all."""
+    if layers is None:
+        return tuple(range(depth))
+    chosen = (layers,) if isinstance(layers, int | np.integer) else tuple(layers)
+    for layer in chosen:
+        if not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
+            raise fail(
+                "layers",
+                f"hold indices between 0 and {depth - 1} (the network has {depth} layers)",
+                list(chosen),
+            )
+    indices = tuple(sorted({int(layer) % depth for layer in chosen}))
+    if len(indices) != len(chosen):
+        raise fail("layers", "name each layer once", list(chosen))
+    return indices
+
+
+def finite(argument: str, array: Any, remedy: str = "") -> None:
+    """Refuse NaN and infinity; traced values pass."""
+    if is_concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+        bad = int(jnp.sum(~jnp.isfinite(array)))
+        raise fail(argument, "be finite", f"an array with {bad} NaN or infinite entries", remedy)

@@ -1,0 +1,50 @@
+"""Teachers: problems whose solution is known."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from .. import _check
+from ..losses import mse
+from .task import Task
+
+
+def linear_teacher(singular_values: Sequence[float] | Array, in_size: int) -> Task:
+    """A linear teacher on whitened inputs, so that every plateau is known exactly.
+
+    The inputs are the `d = in_size` rows of `√d · I` (so `E[x xᵀ] = I`), the targets `y = S x` with `S` the
+    rectangular diagonal matrix of the singular values; one output for each of them. The loss on the plateau after
+    `k` learned modes is `½ Σ_{j>k} S_j²` (Saxe, McClelland & Ganguli, arXiv:1312.6120).
+
+    **Raises:** `ValueError` for negative or no singular values, or more of them than inputs.
+    """
+    values = jnp.asarray(singular_values, dtype=float)
+    _check.whole_number("in_size", in_size)
+    if values.ndim != 1 or values.size == 0 or values.size > in_size:
+        raise _check.fail(
+            "singular_values", f"be a list of 1 to {in_size} numbers (in_size)", f"of shape {values.shape}"
+        )
+    if _check.is_concrete(values) and not bool(jnp.all(jnp.isfinite(values) & (values >= 0))):
+        raise _check.fail("singular_values", "be finite and not negative", values)
+    x = jnp.sqrt(jnp.asarray(in_size, values.dtype)) * jnp.eye(in_size, dtype=values.dtype)
+    return Task(x, x[:, : values.size] * values)
+
+
+def single_index(
+    link: Callable[[Array], Array], in_size: int, samples: int, *, key: PRNGKeyArray
+) -> Task:
+    """A single-index teacher `y = link(v·x)` with Gaussian inputs and a random unit direction `v`.
+
+    **Arguments:** `link`, any JAX function; `in_size` and `samples`; `key`, a JAX random key.
+    """
+    if not callable(link):
+        raise _check.fail("link", "be a JAX function", repr(link))
+    _check.whole_number("in_size", in_size)
+    _check.whole_number("samples", samples)
+    key_x, key_v = jax.random.split(key)
+    x = jax.random.normal(key_x, (samples, in_size))
+    v = jax.random.normal(key_v, (in_size,))
+    y = link(jnp.matmul(x, v / jnp.linalg.norm(v), precision="highest"))[:, None]
+    return Task(x, y, mse)
