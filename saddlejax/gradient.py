@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .networks import AbstractNetwork, Weights
+from .networks import AbstractNetwork, Weights, preactivations
 from .tasks.task import Task
 
 
@@ -34,13 +34,8 @@ def gradient(net: AbstractNetwork, task: Task) -> Gradient:
     """Loss, gradient and the right-hand side of the imbalance identity in one forward and backward pass."""
 
     def run(weights: Weights, taps: tuple[Array, ...]) -> tuple[Array, list[Array]]:
-        # The cotangent of a tap, added to the hidden signal h_l, is ∂𝓛/∂h_l = W_{l+1}ᵀ δ_{l+1} (over samples).
-        moved = net.with_weights(weights)
-        h, zs = task.x, []
-        for layer, matrix in enumerate(moved.matrices()):
-            if layer > 0:
-                h = net.activation(zs[-1]) + taps[layer - 1]
-            zs.append(jnp.matmul(h, matrix.T, precision="highest"))
+        # The derivative with respect to a tap on h_l is W_{l+1}ᵀ δ_{l+1}, one row a sample.
+        zs = preactivations(net.with_weights(weights), task.x, taps)
         return task.mean_loss(zs[-1]), zs[:-1]
 
     taps = tuple(jnp.zeros((task.samples, size), task.x.dtype) for size in net.sizes[1:-1])

@@ -121,15 +121,19 @@ def check_weights(argument: str, weights: Sequence[Array]) -> None:
             )
 
 
-def preactivations(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> list[Float[Array, "*batch _"]]:
+def preactivations(
+    net: AbstractNetwork, x: Float[Array, "*batch in"], taps: Sequence[Float[Array, "*batch _"]] = ()
+) -> list[Float[Array, "*batch _"]]:
     """The pre-activations `z_1 … z_L` for a sample or a batch; the last one is the output.
 
-    Matrix products run at full precision whatever the global setting.
+    `taps`, where given, are added to the hidden signals `h_1 … h_{L−1}`: differentiating with respect to a tap gives
+    the derivative with respect to the signal. Matrix products run at full precision whatever the global setting.
     """
     h, zs = x, []
-    for matrix in net.matrices():
-        if zs:
+    for layer, matrix in enumerate(net.matrices()):
+        if layer > 0:
             h = net.activation(zs[-1])
+            h = h + taps[layer - 1] if taps else h
         zs.append(jnp.matmul(h, matrix.T, precision="highest"))
     return zs
 
@@ -178,6 +182,7 @@ def layer_norms(net: AbstractNetwork) -> Float[Array, " layers"]:
 def safe_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     """Euclidean norm of all entries, whose squares may underflow or overflow; differentiable, 0 at 0."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(array)))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    unit = jnp.where(largest == 0, 1, largest)
     squares = jnp.sum(jnp.square(array / unit))
-    return unit * jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    zero = squares == 0
+    return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))

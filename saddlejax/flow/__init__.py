@@ -1,0 +1,7 @@
+"""Gradient flow in the plateau clock."""
+
+from .gradient_flow import gradient_flow as gradient_flow
+from .record import Save as Save
+from .result import Flow as Flow
+from .status import Status as Status
+from .until import Escape as Escape, Loss as Loss, Time as Time

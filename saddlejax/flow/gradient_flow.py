@@ -1,0 +1,153 @@
+"""The public call: follow the gradient flow of a network on a task."""
+
+import warnings
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .. import _check
+from ..networks import AbstractNetwork
+from ..tasks.task import Task, check_fits, match_precision
+from .integrate import Integration, integrate
+from .record import Save
+from .result import Flow, imbalance_residual, trim
+from .status import Status
+from .until import AbstractUntil, Escape
+
+SMOOTH_RTOL = 1e-4
+KINKED_RTOL = 1e-3
+KINKED_MIN_STEP = 2e-3
+
+
+def gradient_flow(
+    net: AbstractNetwork,
+    task: Task,
+    until: AbstractUntil | None = None,
+    *,
+    rtol: float | Array | None = None,
+    save: Save | None = None,
+    solver: dfx.AbstractERK | None = None,
+    max_steps: int = 4096,
+) -> Flow:
+    """Follow the gradient flow `dθ/dt = −∇𝓛(θ)` in the plateau clock.
+
+    In this clock, `dθ/ds = −τ∇𝓛` and `dt/ds = τ` with `1/τ² = Σ_l ‖∂𝓛/∂W_l‖²/‖W_l‖²`, a plateau of any length takes a
+    number of steps that grows like `log 1/ε` in the init scale `ε`.
+
+    **Arguments:**
+
+    - `net`: a network, such as [`saddlejax.MLP`][]. Its weights may be traced or batched by `vmap`.
+    - `task`: a [`saddlejax.Task`][] of as many inputs and outputs.
+    - `until`: [`saddlejax.Escape`][] (the default, `Escape()`, is the steepest point of the first descent),
+      [`saddlejax.Time`][] or [`saddlejax.Loss`][].
+    - `rtol`: the error of a step relative to each layer. By default 1e-4 for smooth activations and 1e-3 for those with
+      a kink at zero, where the gradient jumps and higher precision costs more than it gives.
+    - `save`: what to keep on the way, see [`saddlejax.Save`][].
+    - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5` for smooth
+      activations and `Bosh3` for kinked ones.
+    - `max_steps`: the most steps to attempt.
+
+    **Returns:** a [`saddlejax.Flow`][]. Its `status` tells how the flow ended; the escape time is NaN unless it escaped.
+    Works under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.jvp`.
+
+    **Raises:** `ValueError` for arguments that do not fit, and where the target is already met at the start (under a
+    transformation that is the outcome `met_at_start`). **Warns** where the activation is not zero at zero: the origin
+    is then no saddle.
+    """
+    check_fits(net, task)
+    if until is None:
+        until = Escape()
+    if not isinstance(until, AbstractUntil):
+        raise _check.fail("until", "be saddlejax.Escape(), Time(t) or Loss(value)", repr(until))
+    _check.whole_number("max_steps", max_steps)
+    kinked = has_kink(net)
+    if rtol is None:
+        rtol = KINKED_RTOL if kinked else SMOOTH_RTOL
+    _check.positive_number("rtol", rtol)
+    if _check.is_concrete(rtol) and bool(jnp.any(jnp.asarray(rtol) >= 1)):
+        raise _check.fail("rtol", "be below one", rtol)
+    solver = solver or (dfx.Bosh3() if kinked else dfx.Tsit5())
+    if not (isinstance(solver, dfx.AbstractERK) and solver.tableau.fsal):
+        raise _check.fail(
+            "solver", "be an explicit first-same-as-last diffrax solver: Tsit5, Dopri5, Dopri8 or Bosh3", repr(solver)
+        )
+    _warn_where_origin_is_no_saddle(net)
+    net, task = match_precision(net, task)
+    dtype = task.x.dtype
+    until, save = jax.tree.map(lambda a: a.astype(dtype), (until, save or Save()))
+    min_step = jnp.asarray(KINKED_MIN_STEP if kinked else 0.0, dtype)
+    method = f"{type(solver).__name__} in the plateau clock, rtol {rtol if _check.is_concrete(rtol) else 'traced'}"
+    end = _run(net, task, until, save, jnp.asarray(rtol, dtype), min_step, solver, max_steps)
+    flow = _flow(end, until.describe(), method)
+    if _check.is_concrete(flow):
+        if bool(end.status == Status.met_at_start):
+            raise _check.fail(
+                "until",
+                "not be met at the start",
+                f"{until.describe()}, and the loss starts at {float(flow.losses[0]):.6g}",
+                "Start from smaller weights (saddlejax.scale_layers) or set a target further on.",
+            )
+        flow = trim(flow, int(end.row_count))
+    return flow
+
+
+@eqx.filter_jit
+def _run(
+    net: AbstractNetwork,
+    task: Task,
+    until: AbstractUntil,
+    save: Save,
+    rtol: Array,
+    min_step: Array,
+    solver: dfx.AbstractERK,
+    max_steps: int,
+) -> Integration:
+    return integrate(net, task, until, save, rtol, min_step, solver=solver, max_steps=max_steps)
+
+
+def _flow(end: Integration, target: str, method: str) -> Flow:
+    rows = end.rows
+    return Flow(
+        status=end.status,
+        log_escape_time=jnp.where(end.status == Status.escaped, end.log_time, jnp.nan),
+        log_times=rows.log_time,
+        losses=rows.loss,
+        layer_norms=rows.layer_norms,
+        singular_values=rows.singular_values,
+        imbalance=rows.imbalance,
+        imbalance_residual=imbalance_residual(rows, end.first_imbalance),
+        weights=rows.weights,
+        net=end.net,
+        stats={
+            "steps": end.steps,
+            "rejected_steps": end.rejected_steps,
+            "gradient_evaluations": end.gradient_evaluations,
+            "hessian_vector_products": end.hessian_vector_products,
+        },
+        target=target,
+        method=method,
+    )
+
+
+def has_kink(net: AbstractNetwork) -> bool:
+    """Whether the slope of the activation jumps at zero; a network of one layer has no activation."""
+    if net.depth == 1:
+        return False
+    with jax.ensure_compile_time_eval():
+        one = jnp.ones(())
+        below, above = (float(jax.jvp(net.activation, (z * one,), (one,))[1]) for z in (-1e-6, 1e-6))
+    return abs(above - below) > 1e-3 * max(abs(above), abs(below))
+
+
+def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
+    with jax.ensure_compile_time_eval():
+        at_zero = float(net.activation(jnp.zeros(())))
+    if net.depth > 1 and at_zero != 0:
+        warnings.warn(
+            f"The activation is {at_zero:.3g} at zero, not 0: the origin is then no saddle, since the last layer has a "
+            "gradient there. The flow is computed all the same, but the escape laws do not apply to it.",
+            stacklevel=3,
+        )

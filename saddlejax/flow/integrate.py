@@ -1,0 +1,335 @@
+"""The loop: steps of a diffrax solver in the plateau clock, until the end is reached."""
+
+from typing import Literal, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..networks import AbstractNetwork, safe_norm
+from ..tasks.task import Task, zero_loss
+from .clock import FlowState, PlateauField, start
+from .crossing import crossing
+from .record import Row, Save, empty_rows, row
+from .status import Status
+from .stepping import StepSize, first_step_size, next_step_size, relative_error
+from .until import AbstractUntil
+
+SMALLEST_STEP = 1e-9
+NO_PLATEAU_GRADIENT = 1e-6
+NO_PLATEAU_LOSS = 0.5
+STILL_ON_PLATEAU = 1e-3
+LOSS_ROUNDING = 100
+UNDERFLOW_MARGIN = 1e4
+
+
+class Progress(eqx.Module):
+    """The carry of the loop."""
+
+    s: Float[Array, ""]
+    state: FlowState
+    rate: FlowState
+    step: StepSize
+    condition: Float[Array, ""]
+    has_risen: Bool[Array, ""]
+    last_s: Float[Array, ""]
+    last_condition: Float[Array, ""]
+    last_dense: PyTree
+    rows: Row
+    next_row: Int[Array, ""]
+    attempts: Int[Array, ""]
+    accepted: Int[Array, ""]
+    status: Status
+    running: Bool[Array, ""]
+
+
+class Integration(NamedTuple):
+    """What the loop leaves."""
+
+    status: Status
+    state: FlowState
+    log_time: Float[Array, ""]
+    net: AbstractNetwork
+    rows: Row
+    row_count: Int[Array, ""]
+    first_imbalance: Float[Array, " hidden"]
+    steps: Int[Array, ""]
+    rejected_steps: Int[Array, ""]
+    gradient_evaluations: Int[Array, ""]
+    hessian_vector_products: Int[Array, ""]
+
+
+@eqx.filter_custom_jvp
+def integrate(
+    net: AbstractNetwork,
+    task: Task,
+    until: AbstractUntil,
+    save: Save,
+    rtol: Float[Array, ""],
+    min_step: Float[Array, ""],
+    *,
+    solver: dfx.AbstractERK,
+    max_steps: int,
+) -> Integration:
+    """Follow the gradient flow to its end.
+
+    Differentiable in both modes: a plain call runs a plain loop, a differentiated one a loop of bounded length.
+    """
+    return _integrate(net, task, until, save, rtol, min_step, solver, max_steps, "lax")
+
+
+@integrate.def_jvp
+def _integrate_jvp(primals: tuple, tangents: tuple, *, solver: dfx.AbstractERK, max_steps: int) -> tuple:
+    return eqx.filter_jvp(lambda *args: _integrate(*args, solver, max_steps, "bounded"), primals, tangents)
+
+
+def _integrate(
+    net: AbstractNetwork,
+    task: Task,
+    until: AbstractUntil,
+    save: Save,
+    rtol: Float[Array, ""],
+    min_step: Float[Array, ""],
+    solver: dfx.AbstractERK,
+    max_steps: int,
+    kind: Literal["lax", "bounded"],
+) -> Integration:
+    solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda leaf: leaf is None)
+    field, state, rate = start(net, task)
+    term = dfx.ODETerm(field)
+    order = solver.error_order(term)
+    plateau = zero_loss(task)
+    first_gradient = _log_gradient_norm(field, state, rate)
+
+    def attempt(s: Array, state: FlowState, rate: FlowState, size: Array) -> tuple:
+        # The solvers used here keep the rate at the end of a step ("first same as last"), so that the next step
+        # starts from it and the loss and the curvature at the end of a step come without another gradient.
+        after, error, dense, (_, new_rate), _ = solver.step(term, s, s + size, state, None, (False, rate), False)
+        return after, error, dense, new_rate
+
+    def body(p: Progress) -> Progress:
+        after, error, dense, new_rate = attempt(p.s, p.state, p.rate, p.step.size)
+        loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
+        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(old_loss)
+        scaled = jax.lax.stop_gradient(relative_error(error, after) / rtol)
+        failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
+        accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
+        step = next_step_size(p.step, scaled, accepted, failed, order, min_step)
+
+        condition = until.condition(field, after, new_rate)
+        ended = accepted & (p.condition < 0) & (condition >= 0)
+        stalled = accepted & (new_rate.time == 0)
+        flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
+        no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
+        stuck = ~accepted & (step.size < SMALLEST_STEP)
+        status = p.status
+        for happened, outcome in (
+            (no_plateau, Status.where(kept_plateau, Status.stationary, Status.no_plateau)),
+            (stuck, Status.non_finite),
+            (stalled, Status.stationary),
+            (ended, until.reached),
+        ):
+            status = Status.where(happened, outcome, status)
+
+        rows, next_row = p.rows, p.next_row
+        if save.times is not None:
+            limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
+            rows, next_row = _rows_at_times(
+                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, rtol, kind
+            )
+        elif save.steps:
+            write = accepted & ~ended
+            rows = _write(rows, row(save, field, after, loss), next_row, write)
+            next_row = next_row + write
+
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)  # noqa: E731
+        return Progress(
+            s=jnp.where(accepted, p.s + p.step.size, p.s),
+            state=keep(after, p.state),
+            rate=keep(new_rate, p.rate),
+            step=step,
+            condition=jnp.where(accepted, condition, p.condition),
+            has_risen=p.has_risen | (accepted & (condition < 0)),
+            last_s=jnp.where(accepted, p.s, p.last_s),
+            last_condition=jnp.where(accepted, p.condition, p.last_condition),
+            last_dense=keep(dense, p.last_dense),
+            rows=rows,
+            next_row=next_row,
+            attempts=p.attempts + 1,
+            accepted=p.accepted + accepted,
+            status=status,
+            running=~(no_plateau | stuck | stalled | ended),
+        )
+
+    condition = until.condition(field, state, rate)
+    met = (condition >= 0) & (not until.uses_curvature)
+    status = Status.step_limit
+    for happened, outcome in (
+        (met, Status.met_at_start),
+        (rate.time == 0, Status.stationary),
+        (_has_underflown(field, state, rate), Status.underflow),
+        (~jnp.isfinite(rate.time * rate.loss_integral), Status.non_finite),
+    ):
+        status = Status.where(happened, outcome, status)
+    zero = jnp.zeros_like(rtol)
+    first = row(save, field, state, rate.loss_integral)
+    rows = empty_rows(first, save.rows(max_steps))
+    if save.times is None:
+        rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
+    dense = jax.eval_shape(attempt, zero, state, rate, zero)[2]
+    progress = Progress(
+        s=zero,
+        state=state,
+        rate=rate,
+        step=first_step_size(rtol, order),
+        condition=condition,
+        has_risen=condition < 0,
+        last_s=zero,
+        last_condition=condition,
+        last_dense=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dense),
+        rows=rows,
+        next_row=jnp.asarray(0 if save.times is not None else 1),
+        attempts=jnp.asarray(0),
+        accepted=jnp.asarray(0),
+        status=status,
+        running=status == Status.step_limit,
+    )
+    p = eqxi.while_loop(
+        lambda p: p.running, body, progress, max_steps=max_steps, buffers=lambda p: p.rows, kind=kind
+    )
+
+    ended = p.status == until.reached
+    last_end = jnp.where(p.accepted > 0, p.s, 1)
+    interpolation = solver.interpolation_cls(t0=p.last_s, t1=last_end, **p.last_dense)
+    s_end, evaluations = _locate(until, field, interpolation, p, ended, rtol)
+    inside = interpolation.evaluate(s_end)
+    state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
+    log_time = field.log_time(state)
+    rows, count = p.rows, p.next_row
+    if save.times is not None:
+        limit = jnp.where(ended, log_time, -jnp.inf)
+        rows, count = _rows_at_times(
+            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, rtol, kind
+        )
+    else:
+        write = ended | (not save.steps)
+        rows = _write(rows, row(save, field, state, field.loss(state)), count, write)
+        count = count + write
+    stages = solver.tableau.num_stages - 1
+    curvature = jnp.asarray(int(until.uses_curvature))
+    return Integration(
+        status=p.status,
+        state=state,
+        log_time=log_time,
+        net=field.state_net(state),
+        rows=rows,
+        row_count=count,
+        first_imbalance=first.imbalance,
+        steps=p.accepted,
+        rejected_steps=p.attempts - p.accepted,
+        gradient_evaluations=1 + stages * p.attempts + curvature * evaluations,
+        hessian_vector_products=curvature * (1 + p.attempts + evaluations),
+    )
+
+
+def _condition_at(params: tuple, s: Array) -> Array:
+    until, field, interpolation = params
+    state = interpolation.evaluate(s)
+    return until.condition(field, state, field(s, state, None))
+
+
+def _locate(
+    until: AbstractUntil,
+    field: PlateauField,
+    interpolation: dfx.AbstractLocalInterpolation,
+    p: Progress,
+    ended: Bool[Array, ""],
+    rtol: Float[Array, ""],
+) -> tuple[Array, Array]:
+    # A hundredth of what a step may be wrong by; no evaluations at all where the end was not reached.
+    tolerance = jnp.where(ended, 0.01 * rtol, jnp.inf)
+    bracket = jax.lax.stop_gradient((p.last_s, p.s))
+    values = jax.lax.stop_gradient((p.last_condition, p.condition))
+    return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)
+
+
+def _log_time_at(params: tuple, s: Array) -> Array:
+    field, interpolation, log_time = params
+    # A start at t = 0 would be −∞, where no secant can begin.
+    return jnp.maximum(field.log_time(interpolation.evaluate(s)), -1e6) - log_time
+
+
+def _rows_at_times(
+    save: Save,
+    field: PlateauField,
+    solver: dfx.AbstractERK,
+    dense: PyTree,
+    s: Array,
+    size: Array,
+    rows: Row,
+    next_row: Array,
+    limit: Array,
+    rtol: Array,
+    kind: Literal["lax", "bounded"],
+) -> tuple[Row, Array]:
+    """Write the rows of the times asked for, up to the logarithmic time `limit`, that lie within a step."""
+    assert save.times is not None
+    log_times = jnp.log(save.times).astype(s.dtype)
+    interpolation = solver.interpolation_cls(t0=s, t1=s + size, **dense)
+
+    def waiting(carry: tuple[Row, Array]) -> Array:
+        index = carry[1]
+        return (index < log_times.size) & (log_times[jnp.minimum(index, log_times.size - 1)] <= limit)
+
+    def write(carry: tuple[Row, Array]) -> tuple[Row, Array]:
+        rows, index = carry
+        params = (field, interpolation, log_times[jnp.minimum(index, log_times.size - 1)])
+        bracket = jax.lax.stop_gradient((s, s + size))
+        ends = jax.lax.stop_gradient(tuple(_log_time_at(params, end) for end in bracket))
+        at, _ = crossing(params, bracket, ends, 0.01 * rtol * size, function=_log_time_at)
+        state = interpolation.evaluate(at)
+        return _write(rows, row(save, field, state, field.loss(state)), index, jnp.asarray(True)), index + 1
+
+    return eqxi.while_loop(
+        waiting, write, (rows, next_row), max_steps=log_times.size, buffers=lambda carry: carry[0], kind=kind
+    )
+
+
+def _write(rows: Row, values: Row, index: Array, wanted: Array) -> Row:
+    def put(buffer: Array, value: Array) -> Array:
+        if isinstance(buffer, jax.Array):
+            return jnp.where(wanted, buffer.at[index].set(value), buffer)
+        return buffer.at[index].set(value, pred=wanted)  # a buffer inside a loop
+
+    return jax.tree.map(put, rows, values, is_leaf=lambda leaf: hasattr(leaf, "at"))
+
+
+def _log_gradient_norm(field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+    """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`."""
+    _, velocity = jax.jvp(lambda c: c.weights(), (state.coordinates,), (rate.coordinates,))
+    norm = safe_norm(jnp.stack([safe_norm(v) for v in velocity]))
+    moving = (norm > 0) & (rate.time > 0)
+    log = jnp.log(jnp.where(moving, norm, 1)) - jnp.log(jnp.where(moving, rate.time, 1)) - field.log_time_unit
+    return jnp.where(moving, log, -jnp.inf)
+
+
+def _no_plateau(
+    field: PlateauField, state: FlowState, rate: FlowState, first_gradient: Array, plateau: Array
+) -> tuple[Array, Array]:
+    """Whether a gradient that never rose has fallen for good, and whether the loss is still that of the plateau."""
+    fallen = _log_gradient_norm(field, state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
+    below = rate.loss_integral < NO_PLATEAU_LOSS * plateau
+    return fallen | below, rate.loss_integral > (1 - STILL_ON_PLATEAU) * plateau
+
+
+def _has_underflown(field: PlateauField, state: FlowState, rate: FlowState) -> Bool[Array, ""]:
+    """Whether the gradient is, or must be, so small that this floating-point type cannot hold it."""
+    log_units = state.coordinates.log_units
+    least = jnp.log(UNDERFLOW_MARGIN * jnp.finfo(log_units.dtype).tiny)
+    log_gradient = _log_gradient_norm(field, state, rate)
+    # Where the gradient is exactly zero, the product of all layers but the smallest bounds what it would have been.
+    bound = jnp.sum(log_units) - jnp.min(log_units)
+    return jnp.where(jnp.isneginf(log_gradient), bound < least, log_gradient < least)

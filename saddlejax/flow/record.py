@@ -1,0 +1,89 @@
+"""What is kept along a flow: functions of the state, one row an accepted step or a time asked for."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _check
+from ..networks import Weights, layer_norms
+from .clock import FlowState, PlateauField
+
+
+class Save(eqx.Module):
+    """What a flow keeps on its way.
+
+    **Arguments:**
+
+    - `times`: increasing positive times `t` at which to keep a row. By default a row is kept at the start, after every
+      accepted step and at the end.
+    - `steps`: `False` keeps the start and the end only.
+    - `singular_values`: whether to keep those of every layer (one decomposition a row).
+    - `weights`: whether to keep the weights themselves.
+    """
+
+    times: Float[Array, " rows"] | None
+    steps: bool = eqx.field(static=True)
+    singular_values: bool = eqx.field(static=True)
+    weights: bool = eqx.field(static=True)
+
+    def __init__(
+        self, times: Array | None = None, *, steps: bool = True, singular_values: bool = True, weights: bool = False
+    ):
+        if times is not None:
+            times = jnp.asarray(times, dtype=float)
+            if times.ndim != 1 or times.size == 0:
+                raise _check.fail("times", "be a non-empty list of times", f"of shape {times.shape}")
+            _check.positive_number("times", times)
+            if _check.is_concrete(times) and not bool(jnp.all(jnp.diff(times) > 0)):
+                raise _check.fail("times", "increase", times)
+            if not steps:
+                raise _check.fail("steps", "be left alone where times are given", steps)
+        self.times = times
+        self.steps = steps
+        self.singular_values = singular_values
+        self.weights = weights
+
+    def rows(self, max_steps: int) -> int:
+        """The number of rows to make room for."""
+        if self.times is not None:
+            return self.times.size
+        return max_steps + 2 if self.steps else 2
+
+
+class Row(NamedTuple):
+    """One row, or all of them with a leading axis."""
+
+    log_time: Float[Array, "*rows"]
+    loss: Float[Array, "*rows"]
+    layer_norms: Float[Array, "*rows layers"]
+    imbalance: Float[Array, "*rows hidden"]
+    imbalance_drift: Float[Array, "*rows hidden"]
+    singular_values: tuple[Float[Array, "*rows _"], ...] | None
+    weights: Weights | None
+
+
+def row(save: Save, field: PlateauField, state: FlowState, loss: Float[Array, ""]) -> Row:
+    """The row of a state, whose loss is known."""
+    net, coordinates = field.state_net(state), state.coordinates
+    norms = layer_norms(net)
+    spectra = tuple(
+        jnp.exp(u) * jnp.linalg.svd(v, compute_uv=False)
+        for u, v in zip(coordinates.log_units, coordinates.directions, strict=True)
+    )
+    return Row(
+        log_time=field.log_time(state),
+        loss=loss,
+        layer_norms=norms,
+        imbalance=jnp.diff(jnp.square(norms)),
+        imbalance_drift=state.imbalance_drift,
+        singular_values=spectra if save.singular_values else None,
+        weights=tuple(net.weights) if save.weights else None,
+    )
+
+
+def empty_rows(like: Row, rows: int) -> Row:
+    """Room for so many rows, filled with NaN."""
+    return jax.tree.map(lambda a: jnp.full((rows, *a.shape), jnp.nan, a.dtype), like)

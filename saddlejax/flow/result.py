@@ -1,0 +1,141 @@
+"""The record of a flow."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .. import _check
+from ..networks import AbstractNetwork, Weights
+from .record import Row
+from .status import Status
+
+
+class Flow(eqx.Module):
+    """What happened along a gradient flow (or along gradient descent), with its own certificate.
+
+    Every field has one more leading axis under `vmap`. `rows` are the moments kept; those not used are NaN (a single
+    call outside of `jit` cuts them off).
+
+    - `status`: how it ended, see `saddlejax.Status`.
+    - `log_escape_time`: logarithm of the time `t` of the escape; NaN unless the status is `escaped`.
+    - `log_times`, `losses`: shape `(rows,)`.
+    - `layer_norms`: Frobenius norms, `(rows, L)`.
+    - `singular_values`: a tuple of `L` arrays `(rows, min(n_l, n_{l−1}))`, or None where not kept.
+    - `imbalance`: `Δ_l = ‖W_{l+1}‖² − ‖W_l‖²`, `(rows, L − 1)`.
+    - `imbalance_residual`: `Δ_l(t) − Δ_l(0) − ∫ (dΔ_l/dt) dt`, relative to `‖W_l‖² + ‖W_{l+1}‖²`, `(rows, L − 1)`. Zero
+      for the exact flow (Rawal & DeWeese, arXiv:2605.01288), so that what is left is numerical error.
+    - `weights`: a tuple of `L` arrays `(rows, n_l, n_{l−1})`, or None where not kept.
+    - `net`: the network at the end.
+    - `stats`: `steps` accepted, `rejected_steps`, `gradient_evaluations`, `hessian_vector_products`.
+    - `target`, `method`: what was asked for and how it was computed, in words.
+    """
+
+    status: Status
+    log_escape_time: Float[Array, ""]
+    log_times: Float[Array, " rows"]
+    losses: Float[Array, " rows"]
+    layer_norms: Float[Array, "rows layers"]
+    singular_values: tuple[Float[Array, "rows _"], ...] | None
+    imbalance: Float[Array, "rows hidden"]
+    imbalance_residual: Float[Array, "rows hidden"]
+    weights: Weights | None
+    net: AbstractNetwork
+    stats: dict[str, Int[Array, ""]]
+    target: str = eqx.field(static=True)
+    method: str = eqx.field(static=True)
+
+    @property
+    def escape_time(self) -> Float[Array, ""]:
+        """The time `t` of the escape; NaN unless the status is `escaped`, infinite where it overflows."""
+        return jnp.exp(self.log_escape_time)
+
+    @property
+    def times(self) -> Float[Array, " rows"]:
+        """The times `t` of the rows, in units of `dθ/dt = −∇𝓛`; infinite where they overflow."""
+        return jnp.exp(self.log_times)
+
+    @property
+    def imbalance_error(self) -> Float[Array, ""]:
+        """The largest relative violation of the imbalance identity over rows and layers: the flow's accuracy."""
+        residual = jnp.abs(self.imbalance_residual)
+        residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
+        return jnp.max(residual, axis=(-2, -1), initial=0)
+
+    def __str__(self) -> str:
+        if not _check.is_concrete(self.status):
+            return "Flow (being traced)"
+        return _summary(self) if self.losses.ndim == 1 else _batch_summary(self)
+
+
+def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array, "rows hidden"]:
+    """`Δ(t) − Δ(0) − ∫ rate dt` relative to the squared norms of the two layers concerned."""
+    squares = jnp.square(rows.layer_norms)
+    return (rows.imbalance - first - rows.imbalance_drift) / (squares[..., 1:] + squares[..., :-1])
+
+
+def trim(flow: Flow, rows: int) -> Flow:
+    """The flow with its first so many rows."""
+    series = lambda f: (  # noqa: E731
+        f.log_times,
+        f.losses,
+        f.layer_norms,
+        f.singular_values,
+        f.imbalance,
+        f.imbalance_residual,
+        f.weights,
+    )
+    # Through NumPy, since slicing a JAX array compiles anew for every length.
+    cut = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[:rows]), series(flow))
+    return eqx.tree_at(series, flow, cut, is_leaf=lambda leaf: leaf is None)
+
+
+def _power_of_ten(log_value: float) -> str:
+    """A number from its natural logarithm, however large."""
+    if not np.isfinite(log_value):
+        return str(np.exp(log_value))
+    exponent = np.floor(log_value / np.log(10))
+    mantissa = np.exp(log_value - exponent * np.log(10))
+    return f"{np.exp(log_value):.6g}" if -4 <= exponent < 5 else f"{mantissa:.5f}e{exponent:+.0f}"
+
+
+def _summary(flow: Flow) -> str:
+    sizes = "-".join(map(str, flow.net.sizes))
+    stats = {name: int(count) for name, count in flow.stats.items()}
+    lines = [f"Flow of {sizes}, {flow.losses.dtype}, until {flow.target}", f"  outcome          {Status[flow.status]}"]
+    if bool(flow.status == Status.escaped):
+        log_time = float(flow.log_escape_time)
+        lines.append(f"  escape time      {_power_of_ten(log_time)}   (log {log_time:.6g})")
+    else:
+        lines.append(f"  time             {_power_of_ten(float(flow.log_times[-1]))}")
+    norms = [", ".join(f"{float(x):.3g}" for x in flow.layer_norms[row]) for row in (0, -1)]
+    lines += [
+        f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}",
+        f"  layer norms      {norms[0]} → {norms[1]}",
+        f"  imbalance error  {float(flow.imbalance_error):.1e}",
+        f"  work             {stats['steps']} steps, {stats['rejected_steps']} rejected, "
+        f"{stats['gradient_evaluations']} gradients, {stats['hessian_vector_products']} Hessian-vector products",
+        f"  method           {flow.method}",
+    ]
+    return "\n".join(lines)
+
+
+def _batch_summary(flow: Flow) -> str:
+    names, counts = np.unique(
+        [Status._index_to_message[i] for i in np.ravel(flow.status._value)], return_counts=True
+    )
+    times = np.ravel(flow.log_escape_time)
+    known = times[np.isfinite(times)]
+    lines = [f"{times.size} flows of {'-'.join(map(str, flow.net.sizes))}, {flow.losses.dtype}, until {flow.target}"]
+    lines += [f"  {count:6d}  {name}" for name, count in zip(names, counts, strict=True)]
+    if known.size:
+        low, middle, high = (_power_of_ten(float(f(known))) for f in (np.min, np.median, np.max))
+        lines.append(f"  escape times     {low} … {high}, median {middle}")
+    lines += [
+        f"  imbalance error  at most {float(jnp.max(flow.imbalance_error)):.1e}",
+        f"  work             {int(jnp.sum(flow.stats['gradient_evaluations']))} gradients, "
+        f"{int(jnp.sum(flow.stats['hessian_vector_products']))} Hessian-vector products",
+        f"  method           {flow.method}",
+    ]
+    return "\n".join(lines)

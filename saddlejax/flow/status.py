@@ -1,0 +1,17 @@
+"""How a flow ended."""
+
+import equinox as eqx
+
+
+class Status(eqx.Enumeration):
+    """The outcome of a flow, one for each lane of a batch. The first three are what was asked for."""
+
+    escaped = "escaped"
+    time_reached = "time reached"
+    loss_reached = "loss reached"
+    no_plateau = "no plateau: the gradient only ever fell, so there is nothing to escape from"
+    stationary = "stationary: the gradient vanished, so the flow cannot move on"
+    met_at_start = "target already met at the start"
+    step_limit = "step limit reached before the target"
+    underflow = "underflow: the gradient is too small for this floating-point type"
+    non_finite = "non-finite: no step was found whose result is finite and does not raise the loss"

@@ -1,0 +1,75 @@
+"""The size of steps: an error relative to each layer, and a prediction of how it will change."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..networks import safe_norm
+from .clock import FlowState
+
+SAFETY = 0.9
+LARGEST_GROWTH = 1.5
+LARGEST_CUT = 0.2
+CUT_AFTER_FAILURE = 0.25
+
+
+class StepSize(eqx.Module):
+    """What is remembered from step to step."""
+
+    size: Float[Array, ""]
+    last_size: Float[Array, ""]
+    last_error: Float[Array, ""]
+    just_rejected: Bool[Array, ""]
+
+
+def first_step_size(rtol: Float[Array, ""], order: int) -> StepSize:
+    """The clock makes all rates of order one, so the first step follows from the tolerance alone."""
+    one = jnp.ones_like(rtol)
+    return StepSize(rtol ** (1 / order), one, jnp.zeros_like(rtol), jnp.asarray(False))
+
+
+def relative_error(error: FlowState, after: FlowState) -> Float[Array, ""]:
+    """The largest relative error of a step, over the layers and the time.
+
+    An error of a unit is a relative error of its layer already, one of a direction is relative to its length one;
+    time is relative to itself. The quadratures that ride along do not count.
+    """
+    layers = [
+        jnp.abs(u) + safe_norm(v)
+        for u, v in zip(error.coordinates.log_units, error.coordinates.directions, strict=True)
+    ]
+    time = jnp.abs(error.time) / jnp.where(after.time > 0, after.time, 1)
+    return jnp.max(jnp.stack([*layers, time]))
+
+
+def next_step_size(
+    step: StepSize,
+    error: Float[Array, ""],
+    accepted: Bool[Array, ""],
+    failed: Bool[Array, ""],
+    order: int,
+    min_step: Float[Array, ""],
+) -> StepSize:
+    """The next size from the error in units of the tolerance.
+
+    Where the last two accepted steps show the error growing, the growth is taken to go on (Gustafsson's predictive
+    control); after a rejection the size does not grow at once. `failed` marks steps that are not finite or raise the
+    loss, whose error says nothing.
+    """
+    error = jnp.clip(jnp.where(jnp.isfinite(error), error, 1), 1e-10, 1e10)
+    plain = SAFETY * error ** (-1 / order)
+    known = step.last_error > 0
+    predicted = plain * (step.size / step.last_size) * (jnp.where(known, step.last_error, error) / error) ** (1 / order)
+    growing = jnp.clip(
+        jnp.where(known, jnp.minimum(plain, predicted), plain),
+        LARGEST_CUT,
+        jnp.where(step.just_rejected, 1, LARGEST_GROWTH),
+    )
+    shrinking = jnp.where(failed, CUT_AFTER_FAILURE, jnp.clip(plain, LARGEST_CUT, SAFETY))
+    size = jnp.maximum(step.size * jnp.where(accepted, growing, shrinking), min_step)
+    return StepSize(
+        size=size,
+        last_size=jnp.where(accepted, step.size, step.last_size),
+        last_error=jnp.where(accepted, error, step.last_error),
+        just_rejected=~accepted,
+    )

@@ -1,0 +1,108 @@
+"""When a flow ends: at its escape, at a time, or at a loss."""
+
+import abc
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _check
+from ..tasks.task import zero_loss
+from .clock import FlowState, PlateauField
+from .status import Status
+
+
+class AbstractUntil(eqx.Module):
+    """A function of the state that rises through zero where the flow shall end."""
+
+    reached: eqx.AbstractClassVar[Status]
+    """The outcome when it does."""
+
+    uses_curvature: eqx.AbstractVar[bool]
+    """Whether evaluating it costs a Hessian-vector product."""
+
+    @abc.abstractmethod
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        """Negative before the end, positive after it; `rate` is the rate of the state."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The end in words."""
+
+
+class Escape(AbstractUntil):
+    """End at the escape from the first plateau.
+
+    By default this is the steepest point of the first descent: the first local maximum of `‖∇𝓛‖` along the flow, where
+    `∇𝓛ᵀ H ∇𝓛` changes from negative to positive. It needs no parameter and works where the first descent lowers the
+    loss by a few per cent only.
+
+    **Arguments:** `loss_fraction`, where given, a number in (0, 1): the escape is then where the loss falls to this
+    fraction of its value at zero weights, the height of the plateau. Meant for problems with one mode.
+    """
+
+    loss_fraction: Float[Array, ""] | None
+    reached: ClassVar[Status] = Status.escaped
+
+    def __init__(self, loss_fraction: float | Array | None = None):
+        if loss_fraction is not None:
+            _check.positive_number("loss_fraction", loss_fraction)
+            if _check.is_concrete(loss_fraction) and not bool(jnp.all(jnp.asarray(loss_fraction) < 1)):
+                raise _check.fail("loss_fraction", "lie between 0 and 1", loss_fraction)
+            loss_fraction = jnp.asarray(loss_fraction, dtype=float)
+        self.loss_fraction = loss_fraction
+
+    @property
+    def uses_curvature(self) -> bool:
+        return self.loss_fraction is None
+
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        if self.loss_fraction is None:
+            return -field.growth(state, rate)
+        return self.loss_fraction * zero_loss(field.task) - field.loss(state)
+
+    def describe(self) -> str:
+        if self.loss_fraction is None:
+            return "the steepest point of the first descent"
+        return f"loss at {self.loss_fraction} of its value at zero weights"
+
+
+class Time(AbstractUntil):
+    """End at a time `t` of the flow, in the units of `dθ/dt = −∇𝓛` (gradient-descent steps times learning rate)."""
+
+    time: Float[Array, ""]
+    reached: ClassVar[Status] = Status.time_reached
+    uses_curvature: ClassVar[bool] = False
+
+    def __init__(self, time: float | Array):
+        _check.positive_number("time", time)
+        self.time = jnp.asarray(time, dtype=float)
+
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        # In units of τ(θ_0), as a difference of logarithms where that would overflow.
+        started = state.time > 0
+        log_time = jnp.log(jnp.where(started, state.time, 1))
+        return jnp.where(started, log_time + field.log_time_unit - jnp.log(self.time), -1)
+
+    def describe(self) -> str:
+        return f"time {self.time}"
+
+
+class Loss(AbstractUntil):
+    """End where the loss falls to `value`."""
+
+    value: Float[Array, ""]
+    reached: ClassVar[Status] = Status.loss_reached
+    uses_curvature: ClassVar[bool] = False
+
+    def __init__(self, value: float | Array):
+        if _check.is_concrete(value):
+            _check.finite("value", jnp.asarray(value, dtype=float))
+        self.value = jnp.asarray(value, dtype=float)
+
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        return self.value - field.loss(state)
+
+    def describe(self) -> str:
+        return f"loss {self.value}"
