@@ -6,6 +6,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .. import _check
@@ -67,7 +68,7 @@ def gradient_flow(
     if rtol is None:
         rtol = KINKED_RTOL if kinked else SMOOTH_RTOL
     _check.positive_number("rtol", rtol)
-    if _check.is_concrete(rtol) and bool(jnp.any(jnp.asarray(rtol) >= 1)):
+    if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
         raise _check.fail("rtol", "be below one", rtol)
     solver = solver or (dfx.Bosh3() if kinked else dfx.Tsit5())
     if not (isinstance(solver, dfx.AbstractERK) and solver.tableau.fsal):

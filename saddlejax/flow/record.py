@@ -5,6 +5,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
@@ -33,12 +34,12 @@ class Save(eqx.Module):
         self, times: Array | None = None, *, steps: bool = True, singular_values: bool = True, weights: bool = False
     ):
         if times is not None:
-            times = jnp.asarray(times, dtype=float)
-            if times.ndim != 1 or times.size == 0:
-                raise _check.fail("times", "be a non-empty list of times", f"of shape {times.shape}")
+            if jnp.ndim(times) != 1 or jnp.size(times) == 0:
+                raise _check.fail("times", "be a non-empty list of times", f"of shape {jnp.shape(times)}")
             _check.positive_number("times", times)
-            if _check.is_concrete(times) and not bool(jnp.all(jnp.diff(times) > 0)):
+            if _check.is_concrete(times) and not np.all(np.diff(np.asarray(times)) > 0):
                 raise _check.fail("times", "increase", times)
+            times = jnp.asarray(times, dtype=float)
             if not steps:
                 raise _check.fail("steps", "be left alone where times are given", steps)
         self.times = times

@@ -54,7 +54,7 @@ def next_step_size(
 
     Where the last two accepted steps show the error growing, the growth is taken to go on (Gustafsson's predictive
     control); after a rejection the size does not grow at once. `failed` marks steps that are not finite or raise the
-    loss, whose error says nothing.
+    loss, whose error says nothing: only they take the size below `min_step`, from where it has to grow again.
     """
     error = jnp.clip(jnp.where(jnp.isfinite(error), error, 1), 1e-10, 1e10)
     plain = SAFETY * error ** (-1 / order)
@@ -66,7 +66,8 @@ def next_step_size(
         jnp.where(step.just_rejected, 1, LARGEST_GROWTH),
     )
     shrinking = jnp.where(failed, CUT_AFTER_FAILURE, jnp.clip(plain, LARGEST_CUT, SAFETY))
-    size = jnp.maximum(step.size * jnp.where(accepted, growing, shrinking), min_step)
+    proposed = step.size * jnp.where(accepted, growing, shrinking)
+    size = jnp.where(failed | (step.size < min_step), proposed, jnp.maximum(proposed, min_step))
     return StepSize(
         size=size,
         last_size=jnp.where(accepted, step.size, step.last_size),

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
@@ -48,7 +49,7 @@ class Escape(AbstractUntil):
     def __init__(self, loss_fraction: float | Array | None = None):
         if loss_fraction is not None:
             _check.positive_number("loss_fraction", loss_fraction)
-            if _check.is_concrete(loss_fraction) and not bool(jnp.all(jnp.asarray(loss_fraction) < 1)):
+            if _check.is_concrete(loss_fraction) and not np.all(np.asarray(loss_fraction) < 1):
                 raise _check.fail("loss_fraction", "lie between 0 and 1", loss_fraction)
             loss_fraction = jnp.asarray(loss_fraction, dtype=float)
         self.loss_fraction = loss_fraction
@@ -97,8 +98,7 @@ class Loss(AbstractUntil):
     uses_curvature: ClassVar[bool] = False
 
     def __init__(self, value: float | Array):
-        if _check.is_concrete(value):
-            _check.finite("value", jnp.asarray(value, dtype=float))
+        _check.finite("value", value)
         self.value = jnp.asarray(value, dtype=float)
 
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
@@ -20,14 +21,15 @@ def linear_teacher(singular_values: Sequence[float] | Array, in_size: int) -> Ta
 
     **Raises:** `ValueError` for negative or no singular values, or more of them than inputs.
     """
-    values = jnp.asarray(singular_values, dtype=float)
     _check.whole_number("in_size", in_size)
-    if values.ndim != 1 or values.size == 0 or values.size > in_size:
+    if jnp.ndim(singular_values) != 1 or not 0 < len(singular_values) <= in_size:
         raise _check.fail(
-            "singular_values", f"be a list of 1 to {in_size} numbers (in_size)", f"of shape {values.shape}"
+            "singular_values", f"be a list of 1 to {in_size} numbers (in_size)", f"of shape {jnp.shape(singular_values)}"
         )
-    if _check.is_concrete(values) and not bool(jnp.all(jnp.isfinite(values) & (values >= 0))):
-        raise _check.fail("singular_values", "be finite and not negative", values)
+    _check.finite("singular_values", singular_values)
+    if _check.is_concrete(singular_values) and np.any(np.asarray(singular_values) < 0):
+        raise _check.fail("singular_values", "not be negative", singular_values)
+    values = jnp.asarray(singular_values, dtype=float)
     x = jnp.sqrt(jnp.asarray(in_size, values.dtype)) * jnp.eye(in_size, dtype=values.dtype)
     return Task(x, x[:, : values.size] * values)
 
