@@ -3,6 +3,7 @@
 from . import tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
+from .gradient_descent import gradient_descent as gradient_descent
 from .imbalance import (
     imbalance as imbalance,
     imbalance_matrices as imbalance_matrices,
