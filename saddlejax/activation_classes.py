@@ -8,7 +8,6 @@ from .expansions import ORDERS, TOLERANCE, OneSidedExpansion, evaluate, expand
 
 _CLOSE = np.array([-(2.0**-60), -(2.0**-120), 2.0**-60, 2.0**-120])
 _FAR = np.geomspace(2.0**-10, 1e3, 97)
-_UNIT = int(np.argmin(np.abs(_FAR - 1)))
 
 
 class ActivationClass(eqx.Module):
@@ -181,9 +180,10 @@ def _homogeneity(function: Activation, eps: float, powers: np.ndarray | None) ->
             return "no", None
         size = np.abs(z * slopes) + np.abs(values)
         floor = np.max(size[:, _FAR <= 1])
-        # Values as well as slopes: a discontinuous function can have the slopes of a homogeneous one.
-        predicted = values[:, [_UNIT]] * (_FAR / _FAR[_UNIT]) ** degree
-        errors = np.maximum(np.abs(z * slopes - degree * values), np.abs(values - predicted))
+        # Each value from the one before as well: a discontinuous function can have the slopes of a homogeneous one.
+        predicted = values[:, :-1] * (_FAR[1:] / _FAR[:-1]) ** degree
+        errors = np.abs(z * slopes - degree * values)
+        errors[:, 1:] = np.maximum(errors[:, 1:], np.abs(values[:, 1:] - predicted))
         defects = np.max(errors / (TOLERANCE * eps * np.maximum(size, floor)), axis=0)
     defects = np.where(np.isnan(defects), 0.0 if np.all(size == 0) else np.inf, defects)
     outside = np.flatnonzero(defects > 1)

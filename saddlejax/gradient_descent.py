@@ -19,16 +19,15 @@ class Descent(NamedTuple):
     """What a run of gradient descent records, one row every `every` steps, the start included.
 
     - `steps`: steps taken before each row.
-    - `times`, `log_times`: the flow time they stand for, `t = Σ_k η_k` with `η_k = max(0, −⟨u_k, g_k⟩ / ‖g_k‖²)` for the
+    - `times`, `log_times`: the flow time they stand for, `t = Σ_k η_k`, `η_k = max(0, −⟨u_k, g_k⟩ / ‖g_k‖²)`, with the
       update `u_k` and the gradient `g_k` it was computed from. For plain SGD `η_k` is the learning rate, under any
-      schedule; for momentum `β` it tends to `η/(1 − β)` on a plateau; for Adam it is whatever length of flow the step
-      covers. A step uphill advances the time by nothing.
+      schedule; for momentum `β` it tends to `η/(1 − β)` where the gradient hardly changes; for Adam it is whatever
+      length of flow the step covers. A step uphill advances the time by nothing.
     - `losses`, `gradient_norms`: `𝓛` and `‖∇𝓛‖` on all samples.
     - `layer_norms`: `‖W_l‖_F`; `singular_values`: a tuple of `L` arrays `(rows, min(shape))`.
     - `imbalance`: `Δ_l`, and `imbalance_error`: `|Δ_l(t) − Δ_l(0) − Σ_k η_k dΔ_l/dt| / (‖W_{l+1}‖² + ‖W_l‖²)`, with
-      the rate of the samples the step has seen. For plain SGD every step adds `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` to what
-      stands between the bars: it is the error of discretisation alone. For other optimisers it is also their departure
-      from the flow.
+      the rate on the samples of that step. For plain SGD every step adds `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` between
+      the bars: the error of discretisation alone. For other optimisers it is also their departure from the flow.
     - `net`: the network at the end.
     - `escaped`, `escape_step`, `escape_time`, `log_escape_time`: whether and where `‖∇𝓛‖` had its first local maximum
       (NaN or −1 if it had none), a fall from the start not counting, nor changes below one percent. Looked for at every
