@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 def look(net: AbstractNetwork, task: Task) -> Seen:
     """The row of a network, from one gradient on all samples."""
     at = gradient(net, task)
-    values = tuple(jnp.linalg.svd(w, compute_uv=False) for w in net.weights)
+    values = tuple(jnp.linalg.svdvals(w) for w in net.weights)
     return Seen(at.loss, gradient_norm(at), layer_norms(net), values, imbalance(net))
 
 
@@ -72,12 +72,20 @@ def flow_time(updates: tuple[Array, ...], gradients: tuple[Array, ...]) -> Float
     return jnp.where(size > 0, jnp.maximum(0, -along / (jnp.where(size > 0, squares, 1) * unit)), 0)
 
 
-def draw_minibatch(task: Task, order: Array, taken: Array, batch_size: int, key: PRNGKeyArray) -> tuple[Array, Task]:
-    """The order of samples in this pass through the data, and the minibatch of this step."""
-    batches = task.samples // batch_size
-    through, position = taken // batches, taken % batches
-    order = jax.lax.cond(
-        position == 0, lambda: jax.random.permutation(jax.random.fold_in(key, through), task.samples), lambda: order
-    )
-    chosen = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
-    return order, eqx.tree_at(lambda t: (t.x, t.y), task, (task.x[chosen], task.y[chosen]))
+class Minibatches(eqx.Module):
+    """Samples drawn without replacement, `size` at a time, and shuffled again after each pass through the data."""
+
+    size: int = eqx.field(static=True)
+    key: PRNGKeyArray
+
+    def draw(self, task: Task, order: Array, taken: Array) -> tuple[Array, Task]:
+        """The order of samples in this pass through the data, and the minibatch of the step after `taken` steps."""
+        batches = task.samples // self.size
+        through, position = taken // batches, taken % batches
+        order = jax.lax.cond(
+            position == 0,
+            lambda: jax.random.permutation(jax.random.fold_in(self.key, through), task.samples),
+            lambda: order,
+        )
+        chosen = jax.lax.dynamic_slice_in_dim(order, position * self.size, self.size)
+        return order, eqx.tree_at(lambda t: (t.x, t.y), task, (task.x[chosen], task.y[chosen]))

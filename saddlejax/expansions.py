@@ -30,13 +30,13 @@ class OneSidedExpansion(eqx.Module):
 
     - `coefficients`: `c_0 … c_6`, in powers of `z` itself on both sides (so `|z|` has `c_1 = −1` on the left); exactly
       zero where no larger than their error; `None` where no polynomial fits the function, however close to zero.
-    - `errors`: how far each of them may be off, or `None`.
+    - `errors`: how far each of them may be off; empty where there are none.
     - `misfit`: the distance from the best polynomial of degree 10, in units of the rounding that is tolerated: above
       one there is no expansion.
     """
 
     coefficients: tuple[float, ...] | None = eqx.field(static=True)
-    errors: tuple[float, ...] | None = eqx.field(static=True)
+    errors: tuple[float, ...] = eqx.field(static=True)
     misfit: float = eqx.field(static=True)
 
 
@@ -108,7 +108,7 @@ def _expand_side(values: np.ndarray, side: int, derivatives: np.ndarray, eps: fl
         if misfit <= 1:
             break
     if misfit > 1:
-        return OneSidedExpansion(None, None, float(misfit))
+        return OneSidedExpansion(None, (), float(misfit))
     with np.errstate(invalid="ignore", over="ignore"):
         coefficients = derivatives / _FACTORIALS[:, None]
         exact = coefficients[:, 1]

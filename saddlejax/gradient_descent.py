@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from . import _check
-from .descent_record import Peak, draw_minibatch, flow_time, gradient_norm, look
+from .descent_record import Minibatches, Peak, Seen, flow_time, gradient_norm, look
 from .gradient import gradient
 from .imbalance import sum_neurons
 from .networks import AbstractNetwork
@@ -86,7 +86,8 @@ def gradient_descent(
     net, task = match_precision(net, task)
     _check_arguments(task, optimiser, steps, every, batch_size, key)
     every = max(1, steps // 500) if every is None else min(every, steps)
-    return _descend(net, task, optimiser, steps, every, batch_size, key)
+    batches = None if batch_size is None or key is None else Minibatches(batch_size, key)
+    return _descend(net, task, optimiser, steps, every, batches)
 
 
 class _State(NamedTuple):
@@ -94,7 +95,7 @@ class _State(NamedTuple):
 
     net: AbstractNetwork
     memory: Any
-    order: Array | None
+    order: Array
     peak: Peak
     time: Array
     span: Array
@@ -108,17 +109,15 @@ def _descend(
     optimiser: optax.GradientTransformation,
     steps: int,
     every: int,
-    batch_size: int | None,
-    key: PRNGKeyArray | None,
+    batches: Minibatches | None,
 ) -> Descent:
     optimiser = optax.with_extra_args_support(optimiser)
     dtype = net.weights[0].dtype
-    whole = batch_size is None
     rows = -(-steps // every)
     zero, zeros = jnp.zeros((), dtype), jnp.zeros((net.depth - 1,), dtype)
 
     def step(state: _State, taken: Array) -> _State:
-        order, batch = (None, task) if whole else draw_minibatch(task, state.order, taken, batch_size, key)
+        order, batch = (state.order, task) if batches is None else batches.draw(task, state.order, taken)
         at = gradient(state.net, batch)
         weights = state.net.weights
         updates, memory = optimiser.update(
@@ -134,13 +133,13 @@ def _descend(
             net=state.net.with_weights(optax.apply_updates(weights, updates)),
             memory=memory,
             order=order,
-            peak=state.peak.see(gradient_norm(at), taken, state.time + state.span) if whole else state.peak,
+            peak=state.peak.see(gradient_norm(at), taken, state.time + state.span) if batches is None else state.peak,
             time=state.time,
             span=state.span + span,
             change=state.change + span * sum_neurons(at.neuron_rates, dtype),
         )
 
-    def interval(state: _State, row: Array) -> tuple[_State, tuple[Array, ...]]:
+    def interval(state: _State, row: Array) -> tuple[_State, tuple[Array, Array, Array, Seen]]:
         def one(state: _State, taken: Array) -> tuple[_State, None]:
             # The last interval may be shorter than the others.
             return jax.lax.cond(taken < steps, step, lambda state, taken: state, state, taken), None
@@ -150,13 +149,13 @@ def _descend(
         seen = look(state.net, task)
         # Summed interval by interval: in single precision a running sum over all steps would stall.
         state = state._replace(time=state.time + span, span=zero, change=zeros)
-        if not whole:
+        if batches is not None:
             state = state._replace(peak=state.peak.see(seen.gradient_norm, taken, state.time))
         return state, (taken, state.time, change, seen)
 
     first = look(net, task)
     peak = Peak(first.gradient_norm, zero, jnp.asarray(-1), jnp.full_like(zero, jnp.nan), jnp.asarray(False))
-    order = None if whole else jnp.arange(task.samples)
+    order = jnp.arange(task.samples)
     start = _State(net, optimiser.init(net.weights), order, peak, zero, zero, zeros)
     end, later = jax.lax.scan(interval, start, jnp.arange(rows))
 

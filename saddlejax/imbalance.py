@@ -39,6 +39,10 @@ def imbalance_rate(
     differentiable activation `σ` and loss `c` (Rawal & DeWeese, arXiv:2605.01288), and, with the products taken
     entry by entry, for every hidden neuron.
 
+    Relative to `‖W_l‖ ‖∂𝓛/∂W_l‖` the error is a few units of rounding. Relative to the rate itself it grows where
+    pre-activations are small: `φ ~ z^q` is then a difference of two numbers of the size of `z`, known to about
+    `eps / z^{q−1}` (for tanh in single precision not at all below `z ~ 1e-3`).
+
     **Arguments:**
 
     - `net`, `task`: a network and a task of the same numbers of inputs and outputs, computed in the wider of their

@@ -107,7 +107,7 @@ def test_no_expansion_is_said(name, any_precision):
     function, gain, degree = NO_EXPANSION[name]
     found = sj.classify_activation(function)
     assert (found.letter, found.order, found.coefficients) == (None, None, None)
-    assert found.left.coefficients is None and found.right.coefficients is None
+    assert found.left.coefficients is None and found.right.errors == ()
     assert (found.gain, found.degree) == (gain, degree)
     assert "no expansion" in str(found)
     assert found.confidence > 0.99
