@@ -1,5 +1,7 @@
 """The norm imbalance of neighbouring layers, and the exact identity for its rate of change."""
 
+from typing import Literal, overload
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -7,10 +9,15 @@ from .gradient import gradient
 from .networks import AbstractNetwork
 from .tasks.task import Task, check_fits, match_precision
 
+PerLayer = Float[Array, " hidden_layers"]
+PerNeuron = list[Float[Array, " neurons"]]
 
-def imbalance(
-    net: AbstractNetwork, *, per_neuron: bool = False
-) -> Float[Array, " hidden_layers"] | list[Float[Array, " neurons"]]:
+
+@overload
+def imbalance(net: AbstractNetwork, *, per_neuron: Literal[False] = False) -> PerLayer: ...
+@overload
+def imbalance(net: AbstractNetwork, *, per_neuron: Literal[True]) -> PerNeuron: ...
+def imbalance(net: AbstractNetwork, *, per_neuron: bool = False) -> PerLayer | PerNeuron:
     """The norm imbalance `Δ_l = ‖W_{l+1}‖_F² − ‖W_l‖_F²` of neighbouring layers.
 
     Gradient flow conserves it exactly for activations homogeneous of degree one (Du, Hu & Lee, arXiv:1806.00900);
@@ -30,9 +37,11 @@ def imbalance(
     return neurons if per_neuron else sum_neurons(neurons, net.weights[0].dtype)
 
 
-def imbalance_rate(
-    net: AbstractNetwork, task: Task, *, per_neuron: bool = False
-) -> Float[Array, " hidden_layers"] | list[Float[Array, " neurons"]]:
+@overload
+def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: Literal[False] = False) -> PerLayer: ...
+@overload
+def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: Literal[True]) -> PerNeuron: ...
+def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: bool = False) -> PerLayer | PerNeuron:
     """The rate of change of the imbalance under gradient flow, from one forward and one backward pass.
 
     `dΔ_l/dt = 2 E⟨W_{l+1}ᵀ δ_{l+1}, φ(z_l)⟩` with `φ(z) = z σ'(z) − σ(z)` and `δ_l = ∂c/∂z_l`: exact for any
