@@ -1,0 +1,210 @@
+"""Training in discrete steps with any optax optimiser, recorded like a flow."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from . import _check
+from .descent_record import Minibatches, Peak, Seen, flow_time, gradient_norm, look
+from .gradient import gradient
+from .imbalance import sum_neurons
+from .networks import AbstractNetwork
+from .tasks.task import Task, check_fits, match_precision, task_loss
+
+class Descent(NamedTuple):
+    """What a run of gradient descent records, one row every `every` steps, the start included.
+
+    - `steps`: steps taken before each row.
+    - `times`, `log_times`: the flow time they stand for, `t = Σ_k η_k`, `η_k = max(0, −⟨u_k, g_k⟩ / ‖g_k‖²)`, with the
+      update `u_k` and the gradient `g_k` it was computed from. For plain SGD `η_k` is the learning rate, under any
+      schedule; for momentum `β` it tends to `η/(1 − β)` where the gradient hardly changes; for Adam it is whatever
+      length of flow the step covers. A step uphill advances the time by nothing.
+    - `losses`, `gradient_norms`: `𝓛` and `‖∇𝓛‖` on all samples.
+    - `layer_norms`: `‖W_l‖_F`; `singular_values`: a tuple of `L` arrays `(rows, min(shape))`.
+    - `imbalance`: `Δ_l`, and `imbalance_error`: `|Δ_l(t) − Δ_l(0) − Σ_k η_k dΔ_l/dt| / (‖W_{l+1}‖² + ‖W_l‖²)`, with
+      the rate on the samples of that step. For plain SGD every step adds `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` between
+      the bars: the error of discretisation alone. For other optimisers it is also their departure from the flow.
+    - `net`: the network at the end.
+    - `escaped`, `escape_step`, `escape_time`, `log_escape_time`: whether and where `‖∇𝓛‖` had its first local maximum
+      (NaN or −1 if it had none), a fall from the start not counting, nor changes below one percent. Looked for at every
+      step if all samples are used, else at every row.
+    - `finite`: whether all rows are.
+    - `stats`: `steps` and `gradient_evaluations` (on minibatches too; a line search makes more, not counted).
+    """
+
+    steps: Int[Array, " rows"]
+    times: Float[Array, " rows"]
+    log_times: Float[Array, " rows"]
+    losses: Float[Array, " rows"]
+    gradient_norms: Float[Array, " rows"]
+    layer_norms: Float[Array, "rows layers"]
+    singular_values: tuple[Float[Array, "rows _"], ...]
+    imbalance: Float[Array, "rows hidden_layers"]
+    imbalance_error: Float[Array, "rows hidden_layers"]
+    net: AbstractNetwork
+    escaped: Bool[Array, ""]
+    escape_step: Int[Array, ""]
+    escape_time: Float[Array, ""]
+    log_escape_time: Float[Array, ""]
+    finite: Bool[Array, ""]
+    stats: dict[str, int]
+
+
+def gradient_descent(
+    net: AbstractNetwork,
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    steps: int,
+    *,
+    every: int | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Descent:
+    """Train a network in discrete steps, and record what a gradient flow records.
+
+    **Arguments:**
+
+    - `net`, `task`: as for a flow; computed in the wider of their two floating-point types.
+    - `optimiser`: any optax optimiser, such as `optax.sgd(0.1)`, `optax.adam(1e-3)`. Keep and pass the same object to
+      avoid compiling again.
+    - `steps`: how many.
+    - `every`: steps between two rows of the record; by default such that there are about 500.
+    - `batch_size`: samples a step, drawn without replacement, shuffled again after each pass through the data; a rest
+      smaller than a batch is left out of that pass. By default all samples.
+    - `key`: a JAX random key, needed for minibatches.
+
+    **Returns:** a [`saddlejax.gradient_descent.Descent`][].
+
+    **Raises:** `ValueError` for a network that does not fit the task, an optimiser that is not one, numbers out of
+    range, minibatches without a key, and minibatches of a task with sample weights.
+    """
+    check_fits(net, task)
+    net, task = match_precision(net, task)
+    _check_arguments(task, optimiser, steps, every, batch_size, key)
+    every = max(1, steps // 500) if every is None else min(every, steps)
+    batches = None if batch_size is None or key is None else Minibatches(batch_size, key)
+    return _descend(net, task, optimiser, steps, every, batches)
+
+
+class _State(NamedTuple):
+    """Between two steps; `span` and `change` are the flow time and `∫ dΔ/dt` since the last row, `time` that row's."""
+
+    net: AbstractNetwork
+    memory: Any
+    order: Array
+    peak: Peak
+    time: Array
+    span: Array
+    change: Array
+
+
+@eqx.filter_jit
+def _descend(
+    net: AbstractNetwork,
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    steps: int,
+    every: int,
+    batches: Minibatches | None,
+) -> Descent:
+    optimiser = optax.with_extra_args_support(optimiser)
+    dtype = net.weights[0].dtype
+    rows = -(-steps // every)
+    zero, zeros = jnp.zeros((), dtype), jnp.zeros((net.depth - 1,), dtype)
+
+    def step(state: _State, taken: Array) -> _State:
+        order, batch = (state.order, task) if batches is None else batches.draw(task, state.order, taken)
+        at = gradient(state.net, batch)
+        weights = state.net.weights
+        updates, memory = optimiser.update(
+            at.weights,
+            state.memory,
+            weights,
+            value=at.loss,
+            grad=at.weights,
+            value_fn=lambda w: task_loss(state.net.with_weights(w), batch),
+        )
+        span = flow_time(updates, at.weights)
+        return _State(
+            net=state.net.with_weights(optax.apply_updates(weights, updates)),
+            memory=memory,
+            order=order,
+            peak=state.peak.see(gradient_norm(at), taken, state.time + state.span) if batches is None else state.peak,
+            time=state.time,
+            span=state.span + span,
+            change=state.change + span * sum_neurons(at.neuron_rates, dtype),
+        )
+
+    def interval(state: _State, row: Array) -> tuple[_State, tuple[Array, Array, Array, Seen]]:
+        def one(state: _State, taken: Array) -> tuple[_State, None]:
+            # The last interval may be shorter than the others.
+            return jax.lax.cond(taken < steps, step, lambda state, taken: state, state, taken), None
+
+        state, _ = jax.lax.scan(one, state, row * every + jnp.arange(every))
+        taken, span, change = jnp.minimum((row + 1) * every, steps), state.span, state.change
+        seen = look(state.net, task)
+        # Summed interval by interval: in single precision a running sum over all steps would stall.
+        state = state._replace(time=state.time + span, span=zero, change=zeros)
+        if batches is not None:
+            state = state._replace(peak=state.peak.see(seen.gradient_norm, taken, state.time))
+        return state, (taken, state.time, change, seen)
+
+    first = look(net, task)
+    peak = Peak(first.gradient_norm, zero, jnp.asarray(-1), jnp.full_like(zero, jnp.nan), jnp.asarray(False))
+    order = jnp.arange(task.samples)
+    start = _State(net, optimiser.init(net.weights), order, peak, zero, zero, zeros)
+    end, later = jax.lax.scan(interval, start, jnp.arange(rows))
+
+    taken, times, changes, seen = jax.tree.map(
+        lambda one, more: jnp.concatenate([one[None], more]), (jnp.zeros_like(later[0][0]), zero, zeros, first), later
+    )
+    predicted = jnp.cumsum(changes, axis=0)
+    squares = jnp.square(seen.layer_norms)
+    drift = jnp.abs(seen.imbalance - seen.imbalance[0] - predicted)
+    peak = end.peak
+    return Descent(
+        steps=taken,
+        times=times,
+        log_times=jnp.log(times),
+        losses=seen.loss,
+        gradient_norms=seen.gradient_norm,
+        layer_norms=seen.layer_norms,
+        singular_values=seen.singular_values,
+        imbalance=seen.imbalance,
+        imbalance_error=drift / (squares[:, 1:] + squares[:, :-1]),
+        net=end.net,
+        escaped=peak.passed,
+        escape_step=jnp.where(peak.passed, peak.step, -1),
+        escape_time=jnp.where(peak.passed, peak.time, jnp.nan),
+        log_escape_time=jnp.where(peak.passed, jnp.log(peak.time), jnp.nan),
+        finite=jnp.all(jnp.isfinite(seen.loss)) & jnp.all(jnp.isfinite(seen.layer_norms)),
+        stats={"steps": steps, "gradient_evaluations": steps + rows + 1},
+    )
+
+
+def _check_arguments(
+    task: Task, optimiser: Any, steps: int, every: int | None, batch_size: int | None, key: PRNGKeyArray | None
+) -> None:
+    if not (callable(getattr(optimiser, "init", None)) and callable(getattr(optimiser, "update", None))):
+        raise _check.fail("optimiser", "be an optax optimiser", repr(optimiser), "For instance optax.sgd(0.1).")
+    _check.whole_number("steps", steps)
+    if every is not None:
+        _check.whole_number("every", every)
+    if batch_size is None:
+        return
+    _check.whole_number("batch_size", batch_size)
+    if batch_size > task.samples:
+        raise _check.fail("batch_size", f"be at most the {task.samples} samples of the task", batch_size)
+    if key is None:
+        raise _check.fail("key", "be a JAX random key where batch_size is given", None, "Pass key=jax.random.key(0).")
+    if task.sample_weights is not None:
+        raise _check.fail(
+            "batch_size",
+            "be left out for a task with sample weights",
+            batch_size,
+            "Its samples are a quadrature rule that a minibatch would break.",
+        )
