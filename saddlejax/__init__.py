@@ -1,17 +1,9 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import tasks as tasks
+from . import plot as plot, tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
-from .gradient_descent import gradient_descent as gradient_descent
-from .imbalance import (
-    imbalance as imbalance,
-    imbalance_matrices as imbalance_matrices,
-    imbalance_rate as imbalance_rate,
-)
-from .losses import cross_entropy as cross_entropy, mse as mse
-from .networks import MLP as MLP, scale_layers as scale_layers
-from .tasks import Task as Task
+from .escape_scan import escape_scan as escape_scan
 from .flow import (
     Escape as Escape,
     Flow as Flow,
@@ -21,3 +13,12 @@ from .flow import (
     Time as Time,
     gradient_flow as gradient_flow,
 )
+from .gradient_descent import gradient_descent as gradient_descent
+from .imbalance import (
+    imbalance as imbalance,
+    imbalance_matrices as imbalance_matrices,
+    imbalance_rate as imbalance_rate,
+)
+from .losses import cross_entropy as cross_entropy, mse as mse
+from .networks import MLP as MLP, scale_layers as scale_layers
+from .tasks import Task as Task

@@ -15,7 +15,7 @@ from .clock import FlowState, PlateauField, start
 from .crossing import crossing
 from .record import Row, Save, empty_rows, row
 from .status import Status
-from .stepping import StepSize, first_step_size, next_step_size, relative_error
+from .stepping import StepSize, first_step_size, influence, next_step_size, relative_error
 from .until import AbstractUntil
 
 SMALLEST_STEP = 1e-9
@@ -114,7 +114,8 @@ def _integrate(
         after, error, dense, new_rate = attempt(p.s, p.state, p.rate, p.step.size)
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
         rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(old_loss)
-        scaled = jax.lax.stop_gradient(relative_error(error, after) / rtol)
+        weight = influence(p.state, p.rate) if until.asks_for_escape else 1
+        scaled = jax.lax.stop_gradient(relative_error(error, after) * weight / rtol)
         failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
         accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
         step = next_step_size(p.step, scaled, accepted, failed, order, min_step)

@@ -34,8 +34,8 @@ class Save(eqx.Module):
         self, times: Array | None = None, *, steps: bool = True, singular_values: bool = True, weights: bool = False
     ):
         if times is not None:
-            if jnp.ndim(times) != 1 or jnp.size(times) == 0:
-                raise _check.fail("times", "be a non-empty list of times", f"of shape {jnp.shape(times)}")
+            if np.ndim(times) != 1 or np.size(times) == 0:
+                raise _check.fail("times", "be a non-empty list of times", f"of shape {np.shape(times)}")
             _check.positive_number("times", times)
             if _check.is_concrete(times) and not np.all(np.diff(np.asarray(times)) > 0):
                 raise _check.fail("times", "increase", times)

@@ -91,13 +91,14 @@ def trim(flow: Flow, rows: int) -> Flow:
     return eqx.tree_at(series, flow, cut, is_leaf=lambda leaf: leaf is None)
 
 
-def _power_of_ten(log_value: float) -> str:
-    """A number from its natural logarithm, however large."""
+def power_of_ten(log_value: float, digits: int = 5) -> str:
+    """A number from its natural logarithm, however large, with so many digits after the first."""
     if not np.isfinite(log_value):
         return str(np.exp(log_value))
-    exponent = np.floor(log_value / np.log(10))
-    mantissa = np.exp(log_value - exponent * np.log(10))
-    return f"{np.exp(log_value):.6g}" if -4 <= exponent < 5 else f"{mantissa:.5f}e{exponent:+.0f}"
+    exponent = int(np.floor(log_value / np.log(10)))
+    if exponent < -4 or exponent > 5:
+        return f"{np.exp(log_value - exponent * np.log(10)):.{digits}f}e{exponent:+d}"
+    return f"{np.exp(log_value):.{max(digits - exponent, 0)}f}"
 
 
 def _summary(flow: Flow) -> str:
@@ -106,9 +107,9 @@ def _summary(flow: Flow) -> str:
     lines = [f"Flow of {sizes}, {flow.losses.dtype}, until {flow.target}", f"  outcome          {Status[flow.status]}"]
     if bool(flow.status == Status.escaped):
         log_time = float(flow.log_escape_time)
-        lines.append(f"  escape time      {_power_of_ten(log_time)}   (log {log_time:.6g})")
+        lines.append(f"  escape time      {power_of_ten(log_time)}   (log {log_time:.6g})")
     else:
-        lines.append(f"  time             {_power_of_ten(float(flow.log_times[-1]))}")
+        lines.append(f"  time             {power_of_ten(float(flow.log_times[-1]))}")
     norms = [", ".join(f"{float(x):.3g}" for x in flow.layer_norms[row]) for row in (0, -1)]
     lines += [
         f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}",
@@ -130,7 +131,7 @@ def _batch_summary(flow: Flow) -> str:
     lines = [f"{times.size} flows of {'-'.join(map(str, flow.net.sizes))}, {flow.losses.dtype}, until {flow.target}"]
     lines += [f"  {count:6d}  {name}" for name, count in zip(names, counts, strict=True)]
     if known.size:
-        low, middle, high = (_power_of_ten(float(f(known))) for f in (np.min, np.median, np.max))
+        low, middle, high = (power_of_ten(float(f(known))) for f in (np.min, np.median, np.max))
         lines.append(f"  escape times     {low} … {high}, median {middle}")
     lines += [
         f"  imbalance error  at most {float(jnp.max(flow.imbalance_error)):.1e}",

@@ -9,6 +9,7 @@ from .clock import FlowState
 
 SAFETY = 0.9
 LARGEST_GROWTH = 1.5
+LEAST_INFLUENCE = 0.05
 LARGEST_CUT = 0.2
 CUT_AFTER_FAILURE = 0.25
 
@@ -40,6 +41,16 @@ def relative_error(error: FlowState, after: FlowState) -> Float[Array, ""]:
     ]
     time = jnp.abs(error.time) / jnp.where(after.time > 0, after.time, 1)
     return jnp.max(jnp.stack([*layers, time]))
+
+
+def influence(state: FlowState, rate: FlowState) -> Float[Array, ""]:
+    """How much an error made now can still change the escape time, between 0.05 and 1.
+
+    On the plateau `τ` falls while the layers grow, so that most of the time `t` has passed long before the escape. An
+    error relative to the layers changes the time still to come in the same proportion, which is `τ/t` of the whole.
+    """
+    share = rate.time / jnp.where(state.time > 0, state.time, rate.time)
+    return jnp.clip(share, LEAST_INFLUENCE, 1)
 
 
 def next_step_size(

@@ -23,6 +23,9 @@ class AbstractUntil(eqx.Module):
     uses_curvature: eqx.AbstractVar[bool]
     """Whether evaluating it costs a Hessian-vector product."""
 
+    asks_for_escape: eqx.AbstractClassVar[bool]
+    """Whether the time of the end is what matters, so that errors count by their influence on it."""
+
     @abc.abstractmethod
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         """Negative before the end, positive after it; `rate` is the rate of the state."""
@@ -45,6 +48,7 @@ class Escape(AbstractUntil):
 
     loss_fraction: Float[Array, ""] | None
     reached: ClassVar[Status] = Status.escaped
+    asks_for_escape: ClassVar[bool] = True
 
     def __init__(self, loss_fraction: float | Array | None = None):
         if loss_fraction is not None:
@@ -74,6 +78,7 @@ class Time(AbstractUntil):
 
     time: Float[Array, ""]
     reached: ClassVar[Status] = Status.time_reached
+    asks_for_escape: ClassVar[bool] = False
     uses_curvature: ClassVar[bool] = False
 
     def __init__(self, time: float | Array):
@@ -95,6 +100,7 @@ class Loss(AbstractUntil):
 
     value: Float[Array, ""]
     reached: ClassVar[Status] = Status.loss_reached
+    asks_for_escape: ClassVar[bool] = False
     uses_curvature: ClassVar[bool] = False
 
     def __init__(self, value: float | Array):

@@ -22,9 +22,9 @@ def linear_teacher(singular_values: Sequence[float] | Array, in_size: int) -> Ta
     **Raises:** `ValueError` for negative or no singular values, or more of them than inputs.
     """
     _check.whole_number("in_size", in_size)
-    if jnp.ndim(singular_values) != 1 or not 0 < len(singular_values) <= in_size:
+    if np.ndim(singular_values) != 1 or not 0 < len(singular_values) <= in_size:
         raise _check.fail(
-            "singular_values", f"be a list of 1 to {in_size} numbers (in_size)", f"of shape {jnp.shape(singular_values)}"
+            "singular_values", f"be a list of 1 to {in_size} numbers (in_size)", f"of shape {np.shape(singular_values)}"
         )
     _check.finite("singular_values", singular_values)
     if _check.is_concrete(singular_values) and np.any(np.asarray(singular_values) < 0):

@@ -1,0 +1,122 @@
+"""Figures: matplotlib Axes in, Axes out."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from .flow import Flow
+
+# Dark enough for print, and told apart by colour-blind readers (Okabe & Ito), with a marker each besides.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _quiet(ax: Axes | None) -> Axes:
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="0.92", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
+    """Escape time against init scale, one colour for each number of bottleneck layers, with the law's slope.
+
+    Points are seeds, lines their medians, dashes `τ ∝ ε^{−(r−2)}` (`log 1/ε` for `r = 2`) through the smallest scale.
+
+    **Arguments:** `results` of a scan; `ax`, made anew by default; `activation`, by default the first.
+    """
+    ax = _quiet(ax)
+    results = _of_activation(results, activation)
+    scale = results.scale.values
+    for i, r in enumerate(results.bottleneck.values):
+        logs = results.log_escape_time.sel(bottleneck=r).transpose("scale", "seed").values / np.log(10)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        middle = _median(logs)
+        for j in range(logs.shape[1]):
+            ax.plot(scale, logs[:, j], marker, color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
+        ax.plot(scale, middle, color=colour, linewidth=1.6, label=f"$r = {r}$")
+        law = _law(scale, int(r), middle)
+        if law is not None:
+            ax.plot(*law, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ax.plot([], [], color="0.45", linewidth=1, linestyle=(0, (4, 3)), label=r"law: $\varepsilon^{-(r-2)}$, or $\log 1/\varepsilon$")
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
+    ax.set_ylabel(r"escape time $\log_{10}\tau$  (steps × learning rate)")
+    ax.set_title(str(results.activation.values))
+    ax.legend(frameon=False)
+    return ax
+
+
+def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
+    """Local exponent `−d log τ/d log ε` against init scale, with the law's `r − 2` as dashes; bars span the seeds."""
+    ax = _quiet(ax)
+    results = _of_activation(results, activation)
+    scale = results.scale.values
+    for i, r in enumerate(results.bottleneck.values):
+        values = results.exponent.sel(bottleneck=r).transpose("scale", "seed").values
+        known = np.isfinite(values).any(axis=1)
+        if known.any():
+            low, middle, high = np.nanmin(values[known], axis=1), _median(values[known]), np.nanmax(values[known], axis=1)
+            ax.errorbar(
+                scale[known],
+                middle,
+                (middle - low, high - middle),
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1.2,
+                capsize=2,
+                label=f"$r = {r}$",
+            )
+        ax.axhline(max(int(r) - 2, 0), color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
+    ax.set_ylabel(r"$-\mathrm{d}\log\tau/\mathrm{d}\log\varepsilon$")
+    return ax
+
+
+def flow(flow: Flow, ax: Axes | None = None) -> Axes:
+    """Loss against time along a flow, the escape marked where there is one."""
+    ax = _quiet(ax)
+    log_times = np.asarray(flow.log_times) / np.log(10)
+    shown = np.isfinite(log_times)
+    ax.plot(log_times[shown], np.asarray(flow.losses)[shown], color=COLOURS[0], marker=".", linewidth=1.6)
+    escape = float(flow.log_escape_time) / np.log(10)
+    if np.isfinite(escape):
+        ax.axvline(escape, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
+        ax.annotate("escape", (escape, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35")
+    ax.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
+    ax.set_ylabel(r"loss $\mathcal{L}$")
+    return ax
+
+
+def _of_activation(results: xr.Dataset, activation: str | None) -> xr.Dataset:
+    if "activation" not in results.dims:
+        return results
+    return results.isel(activation=0) if activation is None else results.sel(activation=activation)
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Medians over seeds that escaped; NaN where none did."""
+    known = np.isfinite(values).any(axis=1)
+    middle = np.full(len(values), np.nan)
+    middle[known] = np.nanmedian(values[known], axis=1)
+    return middle
+
+
+def _law(scale: np.ndarray, r: int, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The critical-depth law through the smallest scale at which there is a time."""
+    known = np.flatnonzero(np.isfinite(middle))
+    if len(known) == 0 or r < 2:
+        return None
+    anchor = known[np.argmin(scale[known])]
+    if r > 2:
+        return scale, middle[anchor] + (r - 2) * np.log10(scale[anchor] / scale)
+    inside = scale < 1
+    times = 10 ** middle[anchor] * np.log(scale[inside]) / np.log(scale[anchor])
+    return scale[inside], np.log10(times)
