@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from .merge import merge, pad
-from .pieces import Cell, Kinks, Matrices, Problem, flat, run, shaped, true_energy, unit
+from .pieces import Cell, Kinks, Line, Matrices, Problem, flat, run, shaped, true_energy, unit
 
 _ON_KINK = 1e-10  # |z| over ‖w‖ ‖h‖ below which a sample lies on a kink
 _MOST_UNKNOWNS = 2000
@@ -100,7 +100,7 @@ def polish(weights: Matrices, problem: Problem) -> tuple[Matrices, Stationarity]
 
 
 def ascend(weights: Matrices, problem: Problem, distance: float) -> Matrices:
-    """Active-set ascent over the activation cells from a network of few neurons."""
+    """Active-set ascent over the activation cells from a network of few neurons; kinks within `distance` start held."""
     weights = unit(weights)
     kinks = near_kinks(weights, problem, distance)
     _, cell_slopes = run(weights, problem, kinks)
@@ -117,9 +117,8 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> Matrices:
         if blocked is not None:
             kinks = Kinks(np.vstack([kinks.rows, blocked]))
             values = np.append(values, (problem.minus + problem.plus) / 2)
-        _, fresh = run(weights, problem, kinks)
         if crossed:
-            cell_slopes = fresh
+            _, cell_slopes = run(weights, problem, kinks)
         elif blocked is None and length < 1e-7:
             drop, side = worst_kink(weights, problem, kinks, cell_slopes, values)
             if drop is None:
@@ -134,34 +133,45 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> Matrices:
 
 
 def newton_step(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    """One Newton step for `∂E/∂θ = μ_l W_l`, `‖W_l‖ = 1`, `z = 0` at the kinks, in the weights and the slopes there."""
+    """One Newton step for `∂E/∂θ = μ_l W_l`, `‖W_l‖ = 1`, `z = 0` at the kinks, in the weights and the slopes there.
+
+    Along the constraints the Hessian's eigenvalues are taken with a negative sign, so that the step ascends and passes
+    saddles; next to a maximum it is Newton's.
+    """
     weights, theta = cell.weights, flat(cell.weights)
-    size, depth, count = theta.size, len(weights), len(cell.kinks)
-    normals = np.zeros((size, depth))
+    depth = len(weights)
+    normals = np.zeros((depth, theta.size))
     starts = np.cumsum([0] + [w.size for w in weights])
     for layer in range(depth):
-        normals[starts[layer] : starts[layer + 1], layer] = theta[starts[layer] : starts[layer + 1]]
+        normals[layer, starts[layer] : starts[layer + 1]] = theta[starts[layer] : starts[layer + 1]]
     z, signal = cell.kink_values()
     jacobian = cell.kink_jacobian()
-    top = np.hstack([cell.hessian() - cell.energy * np.eye(size), -normals, (signal[:, None] * jacobian).T])
-    bottom = np.vstack([normals.T, jacobian])
-    matrix = np.vstack([top, np.hstack([bottom, np.zeros((depth + count, depth + count))])])
-    sides = np.concatenate([cell.energy * theta - cell.gradient, 0.5 * (1 - np.sum(normals**2, axis=0)), -z])
-    solution = np.linalg.lstsq(matrix, sides, rcond=1e-12)[0]
-    return solution[:size], solution[size + depth :]
+    constraints = np.vstack([normals, jacobian])
+    left, sizes, right = np.linalg.svd(constraints)
+    rank = int(np.sum(sizes > 1e-10 * sizes[0]))
+    missing = np.concatenate([0.5 * (1 - np.sum(normals**2, axis=1)), -z])
+    back = right[:rank].T @ ((left[:, :rank].T @ missing) / sizes[:rank])
+    hessian = cell.hessian() - cell.energy * np.eye(theta.size)
+    slope = cell.gradient - cell.energy * theta + hessian @ back
+    along = right[rank:].T
+    curvatures, axes = np.linalg.eigh(along.T @ hessian @ along)
+    curvatures = np.maximum(np.abs(curvatures), 1e-6 * cell.energy)
+    step = back + along @ (axes @ ((axes.T @ (along.T @ slope)) / curvatures))
+    multipliers = np.vstack([-normals, signal[:, None] * jacobian]).T
+    rest = cell.gradient - cell.energy * theta + hessian @ step
+    return step, np.linalg.lstsq(multipliers, -rest, rcond=1e-12)[0][depth:]
 
 
 def advance(
     weights: Matrices, step: np.ndarray, problem: Problem, kinks: Kinks, slopes: list[np.ndarray]
 ) -> tuple[Matrices, bool, np.ndarray | None]:
-    """The best point of a step: its end, or a kink on the way.
+    """The best point of a step: its end, a shorter one, or a kink on the way.
 
     Returns the weights there, whether kinks were crossed, and the kink to hold from now on if the step ends on one.
     """
-    theta = flat(weights)
-    end = shaped(theta + step, weights)
+    line = Line(weights, shaped(step, weights), problem)
     before, _ = run(weights, problem, kinks)
-    after, _ = run(end, problem, kinks)
+    after, _ = run(line.at(1.0), problem, kinks)
     met = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         away = np.where(slopes[layer] == problem.plus, -1.0, 1.0) * new > 1e-14
@@ -172,17 +182,18 @@ def advance(
             share = start / (start - stop) if start * stop < 0 else 0.0
             met.append((share, layer, sample, neuron))
     if not met:
-        return unit(end), False, None
+        share, start = 1.0, line.energy(0.0)
+        while share > 1e-3 and line.energy(share) < start * (1 - 1e-12):
+            share /= 2
+        return unit(line.at(share)), False, None
     met.sort()
-    shares = [share for share, *_ in met]
     chosen = sorted({int(i) for i in np.linspace(0, len(met) - 1, min(len(met), 24))})
-    candidates = [(true_energy(shaped(theta + shares[i] * step, weights), problem), i) for i in chosen]
-    candidates.append((true_energy(end, problem), len(met)))
+    candidates = [(line.energy(met[i][0]), i) for i in chosen]
+    candidates.append((line.energy(1.0), len(met)))
     _, best = max(candidates)
     if best == len(met):
-        return unit(end), True, None
-    point = unit(shaped(theta + shares[best] * step, weights))
-    return point, best > 0, np.asarray(met[best][1:])
+        return unit(line.at(1.0)), True, None
+    return unit(line.at(met[best][0])), best > 0, np.asarray(met[best][1:])
 
 
 def worst_kink(

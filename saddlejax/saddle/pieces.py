@@ -72,14 +72,29 @@ def run(weights: Matrices, problem: Problem, kinks: Kinks) -> tuple[list[np.ndar
     return zs, slopes
 
 
+class Line:
+    """The weights `W + t D` and the energy along them, with one product with the inputs for each end."""
+
+    def __init__(self, weights: Matrices, step: Matrices, problem: Problem):
+        self.weights, self.step, self.problem = weights, step, problem
+        self.first, self.change = problem.x @ weights[0].T, problem.x @ step[0].T
+
+    def at(self, share: float) -> Matrices:
+        """`W + t D`."""
+        return [w + share * d for w, d in zip(self.weights, self.step, strict=True)]
+
+    def energy(self, share: float) -> float:
+        """`−𝓛_0` there, of the layers divided by their norms."""
+        weights = self.at(share)
+        z = self.first + share * self.change
+        for w in weights[1:]:
+            z = (self.problem.slopes(z) * z) @ w.T
+        return float(np.sum(self.problem.r * z) / np.prod([np.linalg.norm(w) for w in weights]))
+
+
 def true_energy(weights: Matrices, problem: Problem) -> float:
     """`−𝓛_0` of the layers divided by their norms."""
-    h = problem.x
-    for w in weights[:-1]:
-        z = h @ w.T
-        h = problem.slopes(z) * z
-    norms = np.prod([np.linalg.norm(w) for w in weights])
-    return float(np.sum(problem.r * (h @ weights[-1].T)) / norms)
+    return Line(weights, [np.zeros_like(w) for w in weights], problem).energy(0.0)
 
 
 class Cell:
