@@ -1,0 +1,82 @@
+"""From climbs to certified directions: the host's part of the search, in NumPy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .merge import merge, pad
+from .origin import Tangent
+from .pieces import Matrices, Problem
+from .polish import polish
+from .rank_one import chain_tangent, embed
+
+RANDOM, RANK_ONE, THREE_LAYERS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the host needs to know that is not an array: the sizes of the layers and the activation's slopes."""
+
+    sizes: tuple[int, ...]
+    slopes: Tangent
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.sizes) - 1
+
+
+def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, np.ndarray]:
+    """Polish every climb and pick the best.
+
+    **Arguments:** inputs and pulls; then three climbs with a leading axis of starts: of the rank-one problem, of the
+    network of three layers (or None), of the network itself.
+
+    **Returns:** arrays of fixed shapes: see [`saddlejax.saddle.EscapeDirection`][].
+    """
+    x, r = np.asarray(x, float), np.asarray(r, float)
+    problem = Problem(x, r, *search.slopes)
+    chain, sign = chain_tangent(search.slopes, search.depth)
+    rank_one = [polish(*start, Problem(x, r, *chain)) for start in lanes(narrow)]
+    rank_one.sort(key=lambda one: -one.speed)
+    found = [(polish(*start, problem), RANDOM) for start in lanes(full)]
+    embedded = embed(rank_one[0].weights, search.sizes, sign)
+    found.append((polish(embedded, rank_one[0].speed, np.inf, rank_one[0].evaluations, problem), RANK_ONE))
+    if shallow is not None:
+        below = max((polish(*start, problem) for start in lanes(shallow)), key=lambda one: one.speed)
+        lifted = lift(below.weights, search)
+        found.append((polish(lifted, 0.0, np.inf, below.evaluations, problem), THREE_LAYERS))
+    found.sort(key=lambda one: -one[0].speed)
+    best, _ = found[0]
+    return {
+        "weights": tuple(best.weights),
+        "kinks": np.asarray(best.kinks),
+        "speeds": np.asarray([one.speed for one, _ in found]),
+        "residuals": np.asarray([one.clarke for one, _ in found]),
+        "plain_residuals": np.asarray([one.plain for one, _ in found]),
+        "gradient_evaluations": np.asarray([one.evaluations for one, _ in found]),
+        "polish_evaluations": np.asarray([one.turns for one, _ in found]),
+        "start_kinds": np.asarray([kind for _, kind in found]),
+        "rank_one_speeds": np.asarray([one.speed for one in rank_one]),
+    }
+
+
+def lanes(climbs):
+    """The starts of a climb one by one: weights, speed, residual and evaluations."""
+    weights, speeds, residuals, evaluations = climbs
+    for i in range(len(speeds)):
+        yield [np.asarray(w[i], float) for w in weights], float(speeds[i]), float(residuals[i]), int(evaluations[i])
+
+
+def lift(weights: Matrices, search: Search) -> Matrices:
+    """A network of three layers made deeper by identities before its last layer.
+
+    The second hidden layer of an optimal direction has one neuron, whose signal passes a 1 × 1 identity unchanged
+    where the slope above zero is one: an optimal speed never falls with depth (Bantzis, Simon & Jacot, arXiv:2505.21722).
+    """
+    first, second, last = merge(weights, 1e-6)
+    identity = np.eye(len(second)) / np.sqrt(len(second))
+    if len(second) > min(search.sizes[1:-1]):
+        return embed([first[:1], last[:, :1]], search.sizes, 1.0)
+    deep = [first, second, *([identity] * (search.depth - 3)), last]
+    return pad(deep, list(zip(search.sizes[1:], search.sizes[:-1], strict=True)))
