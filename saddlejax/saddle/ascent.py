@@ -1,5 +1,6 @@
 """Ascent of the escape speed from many starts: L-BFGS on `log s`, with kinks rounded where they stop it."""
 
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,6 +31,7 @@ def unit_layers(weights: Weights) -> Weights:
     return tuple(w / safe_norm(w) for w in weights)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 3))
 def random_starts(sizes: tuple[int, ...], starts: int, key: PRNGKeyArray, dtype: jnp.dtype) -> Weights:
     """Gaussian layers of unit norm, a leading axis of starts."""
 
@@ -87,8 +89,10 @@ def _ascend(start: Weights, origin: Origin, tolerance: Array, most: Array, round
         value = energy(unit_layers(restore(point)), origin, rounding)
         return jnp.where(value > 0, -jnp.log(jnp.where(value > 0, value, 1)), jnp.inf)
 
-    end = lbfgs(cost, first, tolerance, most)
-    # Steps lengthen the layers a little; at unit norm the gradient of a layer is as much longer.
-    slopes = [slope * safe_norm(w) for slope, w in zip(restore(end.slope), restore(end.point), strict=True)]
-    residual = jnp.sqrt(sum(jnp.sum(jnp.square(slope)) for slope in slopes))
-    return Climb(unit_layers(restore(end.point)), jnp.exp(-end.value), residual, end.evaluations)
+    def residual(point: Array, slope: Array) -> Array:
+        # Steps lengthen the layers; at unit norm the gradient of a layer is as much longer.
+        layers = zip(restore(point), restore(slope), strict=True)
+        return safe_norm(jnp.stack([safe_norm(w) * safe_norm(g) for w, g in layers]))
+
+    end = lbfgs(cost, first, residual, tolerance, most)
+    return Climb(unit_layers(restore(end.point)), jnp.exp(-end.value), end.residual, end.evaluations)

@@ -61,7 +61,11 @@ def speed_bound(task: Task, origin: Origin, first_layer: Weights, depth: Array) 
     # Neurons of zero weights give way to a random direction.
     neurons = jnp.where(jnp.linalg.norm(neurons, axis=1, keepdims=True) > 0, neurons, random[:1])
     tolerance, most = jnp.asarray(1e-6, rows.dtype), jnp.asarray(_EVALUATIONS)
-    costs = jax.lax.map(lambda v: lbfgs(cost, v, tolerance, most).value, jnp.concatenate([random, neurons]))
+
+    def residual(v: Array, slope: Array) -> Array:
+        return safe_norm(v) * safe_norm(slope)
+
+    costs = jax.lax.map(lambda v: lbfgs(cost, v, residual, tolerance, most).value, jnp.concatenate([random, neurons]))
     spread = jnp.exp(-jnp.min(costs))
     lipschitz = jnp.maximum(jnp.abs(origin.minus), jnp.abs(origin.plus))
     force = operator_norm(pulls)

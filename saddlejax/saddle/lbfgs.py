@@ -17,11 +17,11 @@ _LINE_EVALUATIONS = 12
 
 
 class Descent(NamedTuple):
-    """Where a descent ended: the point, the cost, its gradient, and the gradient evaluations used."""
+    """Where a descent ended: the point, the cost, the residual, and the gradient evaluations used."""
 
     point: Float[Array, " numbers"]
     value: Float[Array, ""]
-    slope: Float[Array, " numbers"]
+    residual: Float[Array, ""]
     evaluations: Int[Array, ""]
 
 
@@ -41,8 +41,14 @@ class _State(NamedTuple):
     stalled: Array
 
 
-def lbfgs(cost: Callable[[Array], Array], first: Array, tolerance: Array, most: Array) -> Descent:
-    """Minimise `cost` from `first` until its gradient's norm is at most `tolerance`, or for `most` evaluations.
+def lbfgs(
+    cost: Callable[[Array], Array],
+    first: Array,
+    residual: Callable[[Array, Array], Array],
+    tolerance: Array,
+    most: Array,
+) -> Descent:
+    """Minimise `cost` from `first` until `residual(point, slope) ≤ tolerance`, or for `most` gradient evaluations.
 
     A cost of infinity marks points that are out of bounds. The first evaluation is always made.
     """
@@ -57,7 +63,7 @@ def lbfgs(cost: Callable[[Array], Array], first: Array, tolerance: Array, most: 
     )
 
     def going(s: _State) -> Array:
-        return ~s.stalled & (jnp.linalg.norm(s.slope) > tolerance) & (s.evaluations < most)
+        return ~s.stalled & (residual(s.point, s.slope) > tolerance) & (s.evaluations < most)
 
     def turn(s: _State) -> _State:
         point = s.point + s.step * s.direction
@@ -70,7 +76,7 @@ def lbfgs(cost: Callable[[Array], Array], first: Array, tolerance: Array, most: 
         return jax.lax.cond(accepted, lambda: _accept(s, point, value, slope), lambda: _rescale(s, enough, value, along))
 
     end = jax.lax.while_loop(going, turn, state)
-    return Descent(end.point, end.value, end.slope, end.evaluations)
+    return Descent(end.point, end.value, residual(end.point, end.slope), end.evaluations)
 
 
 def _rescale(s: _State, enough: Array, value: Array, along: Array) -> _State:
