@@ -17,3 +17,9 @@ from .origin import (
     origin_matrix as origin_matrix,
     tangent as tangent,
 )
+from .report import (
+    directions_figure as directions_figure,
+    directions_over_depth as directions_over_depth,
+    directions_table as directions_table,
+    record as record,
+)
