@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -74,6 +73,6 @@ def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, 
 
 def finite(argument: str, array: Any, remedy: str = "") -> None:
     """Refuse NaN and infinity; traced values pass."""
-    if is_concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
-        bad = int(jnp.sum(~jnp.isfinite(array)))
+    if is_concrete(array) and not np.all(np.isfinite(np.asarray(array))):
+        bad = int(np.sum(~np.isfinite(np.asarray(array))))
         raise fail(argument, "be finite", f"an array with {bad} NaN or infinite entries", remedy)

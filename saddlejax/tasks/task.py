@@ -155,7 +155,8 @@ def _check_data(x: Array, y: Array, loss: SampleLoss) -> None:
     if not labels:
         _check.finite("y", y, "Remove or fill the samples concerned.")
     if loss is cross_entropy and not labels and _check.is_concrete(y):
-        if not (bool(jnp.all(y >= 0)) and bool(jnp.allclose(jnp.sum(y, axis=1), 1, atol=1e-4))):
+        probabilities = np.asarray(y)
+        if not (np.all(probabilities >= 0) and np.allclose(probabilities.sum(axis=1), 1, atol=1e-4)):
             raise _check.fail(
                 "y", "hold probabilities that sum to one, for cross-entropy", "other numbers", "Or give integer labels."
             )
@@ -172,7 +173,7 @@ def _out_size(y: Array, out_size: int | None) -> int:
         if out_size is None:
             raise _check.fail("out_size", "be given where labels are traced", None)
         return out_size
-    lowest, highest = int(jnp.min(y)), int(jnp.max(y))
+    lowest, highest = int(np.min(np.asarray(y))), int(np.max(np.asarray(y)))
     if lowest < 0:
         raise _check.fail("y", "hold labels 0, 1, 2, …", f"labels from {lowest} to {highest}")
     if out_size is not None and out_size <= highest:
@@ -184,6 +185,6 @@ def _check_sample_weights(weights: Array, samples: int) -> None:
     if weights.shape != (samples,):
         raise _check.fail("sample_weights", f"have shape ({samples},)", f"of shape {weights.shape}")
     if _check.is_concrete(weights):
-        total = float(jnp.sum(weights))
-        if not (bool(jnp.all(weights >= 0)) and abs(total - 1) < 1e-4):
+        total = float(np.sum(np.asarray(weights)))
+        if not (np.all(np.asarray(weights) >= 0) and abs(total - 1) < 1e-4):
             raise _check.fail("sample_weights", "be non-negative with sum one", f"weights with sum {total}")
