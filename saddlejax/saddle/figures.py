@@ -17,7 +17,7 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # Okabe & Ito's palette
 
 
 def singular_values(best: EscapeDirection | AbstractNetwork | Sequence[Array], ax: "Axes | None" = None) -> "Axes":
-    """The singular values of every layer relative to its largest, with the line `l^{−1/4}`.
+    """The singular values of every layer but its largest, relative to that, with the line `l^{−1/4}`.
 
     In the optimal escape direction of a deep ReLU network all of `σ_i/σ_1`, `i ≥ 2`, lie on or below that line, that is
     `σ_1/σ_i ≥ l^{1/4}` (Bantzis, Simon & Jacot, arXiv:2505.21722).
@@ -30,8 +30,8 @@ def singular_values(best: EscapeDirection | AbstractNetwork | Sequence[Array], a
     values = singular_values_of(best.weights if isinstance(best, EscapeDirection) else best)
     layers = np.arange(1, len(values) + 1)
     for layer, layer_values in zip(layers, values, strict=True):
-        relative = np.asarray(layer_values / layer_values[0])
-        label = "layers" if layer == 1 else None
+        relative = np.asarray(layer_values[1:] / layer_values[0])
+        label = r"$\sigma_i/\sigma_1$, $i \geq 2$" if layer == 1 else None
         axes.plot(np.full(len(relative), layer), relative, "o", color=_BLUE, alpha=0.6, ms=5, mew=0, label=label)
     fine = np.linspace(1, max(len(values), 2), 100)
     axes.plot(fine, fine**-0.25, "--", color=_ORANGE, lw=1.2, label=r"$l^{-1/4}$")
