@@ -5,7 +5,7 @@ import numpy as np
 from .clarke import near_kinks
 from .pieces import Cell, Kinks, Line, Matrices, Problem, flat, run, shaped, unit
 
-_TURNS = 150
+_TURNS = 100
 
 
 def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matrices, int]:
@@ -18,6 +18,7 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
     **Returns:** the weights, and the number of turns, each with one gradient and Hessian.
     """
     weights = unit(weights)
+    low, high = sorted((problem.minus, problem.plus))
     kinks = near_kinks(weights, problem, distance)
     _, cell_slopes = run(weights, problem, kinks)
     values = np.full(len(kinks), (problem.minus + problem.plus) / 2)
@@ -29,7 +30,8 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
         length = np.linalg.norm(step)
         step *= min(1, 0.5 / length) if length > 0 else 1
         weights, crossed, blocked = advance(weights, step, problem, kinks, cell_slopes)
-        values = values + change
+        # Slopes further out than this tell no more than that the kink is to be left.
+        values = np.clip(values + change, low - (high - low), high + (high - low))
         if blocked is not None:
             kinks = Kinks(np.vstack([kinks.rows, blocked]))
             values = np.append(values, (problem.minus + problem.plus) / 2)

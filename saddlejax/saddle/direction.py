@@ -22,7 +22,7 @@ from .origin import Origin, energy, origin_matrix, tangent
 from .rank_one import chain_tangent
 from .settle import RANDOM, Search, settle
 
-_TOLERANCE = 5e-2  # plain residual at which the ascent hands over to the polish
+_TOLERANCE = 1e-2  # plain residual at which the ascent hands over to the polish
 _EVALUATIONS = 300
 _FEWEST_RANK_ONE_STARTS = 64
 

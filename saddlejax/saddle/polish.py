@@ -13,6 +13,7 @@ from .pieces import Matrices, Problem, true_energy, unit
 _MOST_UNKNOWNS = 2500  # of the merged network, for dense linear algebra
 _ANGLES = (0.3, 0.1, 0.03, 0.01)  # between neurons that are tried as one, in radians
 _DISTANCES = (1e-6, 1e-2, 1e-3)  # from kinks that are tried as active
+_MOST_TURNS = 400
 _NO_SPEED = 1e-12  # relative to the largest conceivable speed
 
 
@@ -50,7 +51,7 @@ def polish(weights: Matrices, speed: float, residual: float, evaluations: int, p
         if there.clarke < best.clarke and reached >= speed * (1 - 1e-9) and reached > _NO_SPEED * largest:
             full = pad(small, [w.shape for w in weights])
             best = Settled(full, reached, there.plain, there.clarke, len(there.kinks), evaluations, turns)
-        if best.clarke < 1e-9 or not max(reached, speed) > _NO_SPEED * largest:
+        if best.clarke < 1e-9 or turns > _MOST_TURNS or not max(reached, speed) > _NO_SPEED * largest:
             break
     if not best.speed > _NO_SPEED * largest:
         return Settled(weights, 0.0, np.nan, np.nan, 0, evaluations, turns)
