@@ -1,3 +1,5 @@
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,9 @@ def test_clarke_residual_of_the_closed_form_and_of_its_neighbours():
     problem = numpy_problem(hexagon(0.0))
     exact = stationarity(hexagon_direction(), problem)
     assert exact.plain > 0.1 and exact.clarke < 1e-14 and len(exact.kinks) == 6
-    np.testing.assert_allclose(np.sort(exact.slopes), [0.2679491924] * 4 + [0.5358983849] * 2, rtol=1e-8)
+    # x_0 = −x_3, so of the slopes of a first-layer neuron at these two only the sum counts.
+    first, last = exact.slopes[exact.kinks.rows[:, 0] == 0], exact.slopes[exact.kinks.rows[:, 0] == 1]
+    np.testing.assert_allclose([first.sum() / 2, *last], [2 - np.sqrt(3), *[4 - 2 * np.sqrt(3)] * 2], rtol=1e-10)
     turn = np.array([[np.cos(1e-3), -np.sin(1e-3)], [np.sin(1e-3), np.cos(1e-3)]])
     w1, w2, w3 = hexagon_direction()
     assert stationarity([w1 @ turn, w2, w3], problem).clarke > 1e-4
@@ -96,7 +100,7 @@ def test_cell_derivatives_match_finite_differences():
     np.testing.assert_allclose(held.kink_jacobian(), values, atol=1e-7)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "abs", "selu"])
+@pytest.mark.parametrize("activation", ["relu", lambda z: jnp.where(z > 0, z, 0.3 * z), "abs", "selu"])
 def test_rank_one_speed_against_all_directions_of_a_plane(activation):
     task = gaussian(6, samples=15, inputs=2)
     depth = 4
@@ -117,15 +121,16 @@ def test_rank_one_speed_against_all_directions_of_a_plane(activation):
         top = angles[np.argmax([speed(a, signs) for a in angles])]
         found = minimize_scalar(lambda a: -speed(a, signs), bounds=(top - 0.01, top + 0.01), method="bounded",
                                 options={"xatol": 1e-12})
-        tops.append(-found.fun)
+        kinks = np.arctan2(x[:, 1], x[:, 0]) + np.pi / 2  # a maximum on a kink is too sharp for the line search
+        tops += [-found.fun, *(speed(angle + turn, signs) for angle in kinks for turn in (0, np.pi))]
     np.testing.assert_allclose(best.rank_one_speed, max(tops), rtol=1e-8)
     check_certificates(best, task)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_speeds_rise_with_depth_and_random_starts_do_not_beat_them(seed):
     task = gaussian(seed, samples=20, inputs=3)
-    found = saddle.directions_over_depth(task, [2, 3, 4], width=6, starts=6, key=jax.random.key(seed))
+    found = saddle.directions_over_depth(task, [2, 3, 4], width=5, starts=4, key=jax.random.key(seed))
     for best in found:
         check_certificates(best, task)
     speeds = np.array([float(best.speed) for best in found])
@@ -171,7 +176,8 @@ def test_slope_on_the_kink_of_the_digits(digits):
 
 
 def test_transforms_agree_with_plain_calls():
-    task = hexagon(0.3)
+    # Away from the symmetric targets, where mirror images of one optimum make a kink of s* in the targets.
+    task = sj.Task(hexagon(0.3).x, hexagon(0.3).y + 0.05 * jnp.asarray([[0.3, 0.5, -0.2, 0.4, -0.6, 0.9]]).T)
 
     def speed(y):
         return sj.escape_direction(sj.Task(task.x, y), [2, 4, 4, 1], "relu", starts=8, key=KEY).speed
@@ -193,9 +199,10 @@ def test_summary_table_and_figure():
     best = sj.escape_direction(hexagon(0.3), [2, 6, 6, 1], "relu", starts=8, key=KEY)
     text = str(best)
     assert "0.100555" in text and "Clarke" in text and "0.075" in text
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(saddle.directions_table([best]))
-    assert "0.100555350" in console.export_text() and "1.075" in console.export_text()
+    printed = console.export_text()
+    assert "0.100555350" in printed and "1.075" in printed
     figure = saddle.directions_figure([best])
     line = figure.axes[1].lines[-1]
     np.testing.assert_allclose(line.get_ydata(), line.get_xdata() ** -0.25)

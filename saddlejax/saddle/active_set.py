@@ -18,7 +18,6 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
     **Returns:** the weights, and the number of turns, each with one gradient and Hessian.
     """
     weights = unit(weights)
-    low, high = sorted((problem.minus, problem.plus))
     kinks = near_kinks(weights, problem, distance)
     _, cell_slopes = run(weights, problem, kinks)
     values = np.full(len(kinks), (problem.minus + problem.plus) / 2)
@@ -30,6 +29,7 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
         length = np.linalg.norm(step)
         step *= min(1, 0.5 / length) if length > 0 else 1
         weights, crossed, blocked = advance(weights, step, problem, kinks, cell_slopes)
+        low, high = cell.slope_ranges(problem)
         # Slopes further out than this tell no more than that the kink is to be left.
         values = np.clip(values + change, low - (high - low), high + (high - low))
         if blocked is not None:
@@ -120,9 +120,12 @@ def worst_kink(
     """The kink whose release raises the speed fastest, and the slope of the side to leave to; None if there is none."""
     if len(kinks) == 0:
         return None, 0.0
-    _, signal = Cell(weights, problem, kinks.put(slopes, values), kinks).kink_values()
-    upward = signal * (problem.plus - values)  # rate of the energy when z leaves its kink upwards
-    downward = signal * (values - problem.minus)
+    cell = Cell(weights, problem, kinks.put(slopes, values), kinks)
+    _, signal = cell.kink_values()
+    low, high = cell.slope_ranges(problem)
+    above, below = (high, low) if problem.plus >= problem.minus else (low, high)
+    upward = signal * (above - values)  # rate of the energy when z leaves its kink upwards
+    downward = signal * (values - below)
     gain = np.maximum(upward, downward)
     worst = int(np.argmax(gain))
     if gain[worst] <= 1e-12 * np.max(np.abs(signal)):

@@ -13,6 +13,7 @@ from ..networks import Weights, safe_norm
 from .lbfgs import MEMORY, lbfgs
 from .origin import Origin, energy
 
+_BATCH_NUMBERS = 2**27  # in the memories of all starts that run together
 _FIRST_EVALUATIONS = 60  # before kinks that stop the ascent are rounded
 _ROUNDINGS = (3e-2, 3e-3, 3e-4)  # lengths over which they are, in units of the inputs' size
 
@@ -50,9 +51,9 @@ def climb(starts: Weights, origin: Origin, tolerance: Array, most: Array) -> Cli
     The starts run one after another on a CPU and together on an accelerator.
     """
     numbers = sum(w[0].size for w in starts)
-    together = len(starts[0]) if jax.default_backend() != "cpu" else 1
-    together = max(1, min(together, 2**27 // (2 * MEMORY * numbers)))
-    return jax.lax.map(lambda start: _climb_one(start, origin, tolerance, most), starts, batch_size=together)
+    together = 1 if jax.default_backend() == "cpu" else max(1, _BATCH_NUMBERS // (2 * MEMORY * numbers))
+    batch = None if together == 1 else together  # a batch of one would be mapped over all the same
+    return jax.lax.map(lambda start: _climb_one(start, origin, tolerance, most), starts, batch_size=batch)
 
 
 def _climb_one(start: Weights, origin: Origin, tolerance: Array, most: Array) -> Climb:
@@ -61,7 +62,7 @@ def _climb_one(start: Weights, origin: Origin, tolerance: Array, most: Array) ->
     first = _ascend((*start[:-1], sign * start[-1]), origin, tolerance, jnp.minimum(most, _FIRST_EVALUATIONS), None)
     first = first._replace(evaluations=first.evaluations + 1)
     done = first.residual <= tolerance
-    share = (most - first.evaluations) // len(_ROUNDINGS)
+    share = jnp.where(done, 0, (most - first.evaluations) // len(_ROUNDINGS))  # a batch runs both sides of a cond
     lengths = jnp.asarray(_ROUNDINGS, first.speed.dtype) * jnp.sqrt(jnp.mean(jnp.sum(origin.x**2, axis=1)))
 
     def stage(climbed: Climb, length: Array) -> tuple[Climb, None]:

@@ -50,7 +50,6 @@ def near_kinks(weights: Matrices, problem: Problem, distance: float) -> Kinks:
 def stationarity(weights: Matrices, problem: Problem) -> Stationarity:
     """Plain and Clarke residual of unit-norm layers."""
     kinks = near_kinks(weights, problem, _ON_KINK)
-    low, high = sorted((problem.minus, problem.plus))
     _, slopes = run(weights, problem, kinks)
     theta = flat(weights)
 
@@ -65,7 +64,8 @@ def stationarity(weights: Matrices, problem: Problem) -> Stationarity:
     plain = clarke = float(np.linalg.norm(miss))
     if len(kinks) == 0:
         return Stationarity(plain, clarke, kinks, values)
-    best, trial = values, np.full(len(kinks), (low + high) / 2)
+    low, high = cell.slope_ranges(problem)
+    best, trial = values, (low + high) / 2
     for _ in range(5):  # the gradient is linear in the slopes of one layer, bilinear in those of two
         cell, miss = off(trial)
         effect = (cell.kink_values()[1][:, None] * cell.kink_jacobian() / abs(cell.energy)).T

@@ -25,8 +25,13 @@ class Problem:
     plus: float
 
     def slopes(self, z: np.ndarray) -> np.ndarray:
-        """The slope on the side of each `z`; from above at zero."""
-        return np.where(z >= 0, self.plus, self.minus)
+        """The slope on the side of each `z`; the larger one at zero."""
+        return np.where(z > 0, self.plus, np.where(z < 0, self.minus, self.larger))
+
+    @property
+    def larger(self) -> float:
+        """The slope of larger size."""
+        return self.plus if abs(self.plus) >= abs(self.minus) else self.minus
 
 
 class Kinks:
@@ -128,6 +133,23 @@ class Cell:
     def kink_values(self) -> tuple[np.ndarray, np.ndarray]:
         """`z` at the kinks, and the signal arriving there from above."""
         return self.kinks.gather(self.z), self.kinks.gather(self.signal)
+
+    def slope_ranges(self, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest slope at every kink.
+
+        Where the whole signal of a sample vanishes on its kink, the neurons above are on theirs too. Their slopes, held
+        at the larger one, then count through their product with that of the kink, whose range is that much wider.
+        """
+        low, high = sorted((problem.minus, problem.plus))
+        factor = min(problem.minus / problem.larger, problem.plus / problem.larger)
+        lows, highs = np.full(len(self.kinks), low), np.full(len(self.kinks), high)
+        for layer, h in enumerate(self.h[1:]):
+            positions, samples, _ = self.kinks.at(layer)
+            gone = positions[~np.any(h[samples], axis=1)]
+            for _ in range(len(self.z) - 1 - layer):
+                ends = np.stack([lows[gone], highs[gone], factor * lows[gone], factor * highs[gone]])
+                lows[gone], highs[gone] = ends.min(axis=0), ends.max(axis=0)
+        return lows, highs
 
     def kink_jacobian(self) -> np.ndarray:
         """`∂z/∂θ` at the kinks, one row each."""
