@@ -180,7 +180,7 @@ def test_transforms_agree_with_plain_calls():
     task = sj.Task(hexagon(0.3).x, hexagon(0.3).y + 0.05 * jnp.asarray([[0.3, 0.5, -0.2, 0.4, -0.6, 0.9]]).T)
 
     def speed(y):
-        return sj.escape_direction(sj.Task(task.x, y), [2, 4, 4, 1], "relu", starts=8, key=KEY).speed
+        return sj.escape_direction(sj.Task(task.x, y), [2, 6, 6, 1], "relu", starts=8, key=KEY).speed
 
     plain = speed(task.y)
     np.testing.assert_allclose(jax.jit(speed)(task.y), plain, rtol=1e-12)

@@ -2,7 +2,7 @@
 
 from .alignment import layer_cosines as layer_cosines
 from .bounds import SpeedBound as SpeedBound, speed_bound as speed_bound
-from .direction import EscapeDirection as EscapeDirection, escape_direction as escape_direction
+from .direction import escape_direction as escape_direction
 from .energy import instantaneous_speed as instantaneous_speed, signal_energy as signal_energy
 from .low_rank import (
     low_rank_margin as low_rank_margin,
@@ -23,3 +23,4 @@ from .report import (
     directions_table as directions_table,
     record as record,
 )
+from .result import EscapeDirection as EscapeDirection

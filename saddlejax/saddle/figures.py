@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array
 
 from ..networks import AbstractNetwork
-from .direction import EscapeDirection
 from .low_rank import singular_values as singular_values_of
+from .result import EscapeDirection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

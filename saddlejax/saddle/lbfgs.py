@@ -50,20 +50,20 @@ def lbfgs(
 ) -> Descent:
     """Minimise `cost` from `first` until `residual(point, slope) ≤ tolerance`, or for `most` gradient evaluations.
 
-    A cost of infinity marks points that are out of bounds. The first evaluation is always made.
+    A cost of infinity marks points that are out of bounds; nothing starts from one.
     """
     evaluate = jax.value_and_grad(cost)
-    value, slope = evaluate(first)
-    size = jnp.linalg.norm(slope)
     nothing = jnp.zeros((MEMORY, first.size), first.dtype)
-    zero, count = jnp.zeros((), first.dtype), jnp.zeros((), int)
+    flat, zero, count = jnp.zeros_like(first), jnp.zeros((), first.dtype), jnp.zeros((), int)
+    # The first turn evaluates at the start: a step of no length, from a cost of infinity.
     state = _State(
-        first, value, slope, -slope, 0.5 / size, zero, zero + jnp.inf, count,
-        nothing, nothing, count, count + 1, ~jnp.isfinite(value) | (size == 0),
+        first, zero + jnp.inf, flat, flat, zero, zero, zero + jnp.inf, count,
+        nothing, nothing, count, count, jnp.zeros((), bool),
     )
 
     def going(s: _State) -> Array:
-        return ~s.stalled & (residual(s.point, s.slope) > tolerance) & (s.evaluations < most)
+        unknown = (s.evaluations == 0) | (residual(s.point, s.slope) > tolerance)
+        return ~s.stalled & unknown & (s.evaluations < most)
 
     def turn(s: _State) -> _State:
         point = s.point + s.step * s.direction
@@ -102,8 +102,9 @@ def _accept(s: _State, point: Array, value: Array, slope: Array) -> _State:
     downhill = jnp.dot(direction, slope) < 0
     direction = jnp.where(downhill, direction, -slope)
     zero = jnp.zeros_like(s.step)
+    step = jnp.where(pairs == 0, 0.5 / jnp.linalg.norm(slope), 1)  # relative to layers of unit norm
     return s._replace(
-        point=point, value=value, slope=slope, direction=direction, step=zero + 1, low=zero, high=zero + jnp.inf,
+        point=point, value=value, slope=slope, direction=direction, step=step, stalled=~jnp.isfinite(value + step), low=zero, high=zero + jnp.inf,
         tried=jnp.zeros_like(s.tried), steps=steps, gradients=gradients, pairs=pairs,
     )
 

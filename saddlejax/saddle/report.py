@@ -10,8 +10,9 @@ from .. import _check
 from ..activations import Activation, activation_name
 from ..tasks.task import Task
 from . import figures
-from .direction import EscapeDirection, escape_direction
+from .direction import escape_direction
 from .low_rank import low_rank_margin
+from .result import EscapeDirection
 from .settle import RANDOM
 
 if TYPE_CHECKING:
