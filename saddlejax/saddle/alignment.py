@@ -29,7 +29,7 @@ def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Arr
     **Raises:** `ValueError` for matrices that do not fit the network.
     """
     rho = [np.asarray(w, float) for w in direction]
-    check_weights("direction", rho)
+    check_weights("direction", [jnp.asarray(w) for w in rho])
     matrices = unit_layers(net.matrices())
     ours, theirs = ((len(ws), ws[0].shape[1], ws[-1].shape[0]) for ws in (matrices, rho))
     if ours != theirs:

@@ -16,7 +16,7 @@ from ..networks import Weights
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
 from .bounds import speed_bound
-from .origin import Origin, energy, origin_matrix, tangent
+from .origin import Origin, Tangent, energy, origin_matrix, tangent
 from .rank_one import chain_tangent
 from .result import EscapeDirection
 from .settle import RANK_ONE, Search, settle
@@ -116,7 +116,7 @@ def _closed_form(task: Task, sizes: tuple[int, ...], sigma: Activation, gain: fl
 
 
 def _residual(weights: Weights, speed: Array, task: Task, gain: float) -> Array:
-    slopes = jax.grad(energy)(weights, Origin(task, (gain, gain)))
+    slopes = jax.grad(energy)(weights, Origin(task, Tangent(gain, gain)))
     misses = [slope - speed * w for slope, w in zip(slopes, weights, strict=True)]
     size = jnp.sqrt(sum(jnp.sum(jnp.square(miss)) for miss in misses))
     return jnp.where(speed > 0, size / jnp.where(speed > 0, speed, 1), jnp.nan)

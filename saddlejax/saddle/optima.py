@@ -13,7 +13,7 @@ class Optimum(NamedTuple):
     """A local optimum: its speed, and the number of starts that ended there."""
 
     speed: float
-    count: int
+    starts: int
 
 
 def distinct(speeds: Float[Array, " starts"], residuals: Float[Array, " starts"]) -> tuple[Optimum, ...]:
@@ -25,7 +25,7 @@ def distinct(speeds: Float[Array, " starts"], residuals: Float[Array, " starts"]
     stationary = np.asarray(residuals) <= _STATIONARY
     for speed in sorted(np.asarray(speeds, float)[stationary], reverse=True):
         if optima and optima[-1].speed - speed <= _SAME * optima[-1].speed:
-            optima[-1] = optima[-1]._replace(count=optima[-1].count + 1)
+            optima[-1] = optima[-1]._replace(starts=optima[-1].starts + 1)
         else:
             optima.append(Optimum(float(speed), 1))
     return tuple(optima)

@@ -132,7 +132,8 @@ def _chunks(x: Array, r: Array, units: int) -> tuple[Array, Array]:
     count = -(-len(x) * units // _CHUNK_ENTRIES)
     size = -(-len(x) // count)
     fill = count * size - len(x)
-    return tuple(jnp.pad(a, ((0, fill), (0, 0))).reshape(count, size, -1) for a in (x, r))
+    padded_x, padded_r = (jnp.pad(a, ((0, fill), (0, 0))).reshape(count, size, -1) for a in (x, r))
+    return padded_x, padded_r
 
 
 def leading_order_loss(net: AbstractNetwork, task: Task) -> Float[Array, ""]:

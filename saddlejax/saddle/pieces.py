@@ -115,7 +115,8 @@ class Cell:
             h[samples, neurons] = 0
             self.h.append(h)
         # delta[l] is ∂E/∂z_{l+1}; signal[l] = ∂E/∂h_{l+1}, before the slope.
-        self.delta, self.signal = [problem.r], []
+        self.delta: Matrices = [problem.r]
+        self.signal: Matrices = []
         for layer in range(len(weights) - 2, -1, -1):
             self.signal.insert(0, self.delta[0] @ weights[layer + 1])
             self.delta.insert(0, slopes[layer] * self.signal[0])

@@ -30,7 +30,7 @@ class Settled:
     turns: int
 
 
-def polish(weights: Matrices, speed: float, residual: float, evaluations: int, problem: Problem) -> Settled:
+def polish(problem: Problem, weights: Matrices, speed: float, residual: float, evaluations: int) -> Settled:
     """The stationary direction next to the end of a climb, of the same shapes.
 
     Neurons that do the same are merged, coarsely first, and the merged network ascends by an active-set method. What

@@ -81,7 +81,7 @@ def directions_table(directions: Sequence[EscapeDirection]) -> "Table":
     table.add_column("least (σ1/σ2) / l^¼", justify="right")
     for best in directions:
         kept = record(best)
-        optima = "  ".join(f"{one['speed']:.6f} ({one['count']})" for one in kept["optima"][:3])
+        optima = "  ".join(f"{one['speed']:.6f} ({one['starts']})" for one in kept["optima"][:3])
         more = len(kept["optima"]) - 3
         table.add_row(
             str(best.depth),

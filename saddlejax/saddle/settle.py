@@ -1,6 +1,8 @@
 """From climbs to certified directions: the host's part of the search, in NumPy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ class Search:
         return len(self.sizes) - 1
 
 
-def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, np.ndarray]:
+def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, Any]:
     """Polish every climb and pick the best.
 
     **Arguments:** inputs and pulls; then three climbs with a leading axis of starts: of the rank-one problem, of the
@@ -37,15 +39,15 @@ def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, np.ndarray]
     x, r = np.asarray(x, float), np.asarray(r, float)
     problem = Problem(x, r, *search.slopes)
     chain, sign = chain_tangent(search.slopes, search.depth)
-    rank_one = [polish(*start, Problem(x, r, *chain)) for start in lanes(narrow)]
+    rank_one = [polish(Problem(x, r, *chain), *start) for start in lanes(narrow)]
     rank_one.sort(key=lambda one: -one.speed)
-    found = [(polish(*start, problem), RANDOM) for start in lanes(full)]
+    found = [(polish(problem, *start), RANDOM) for start in lanes(full)]
     embedded = embed(rank_one[0].weights, search.sizes, sign)
-    found.append((polish(embedded, rank_one[0].speed, np.inf, rank_one[0].evaluations, problem), RANK_ONE))
+    found.append((polish(problem, embedded, rank_one[0].speed, np.inf, rank_one[0].evaluations), RANK_ONE))
     if shallow is not None:
-        below = max((polish(*start, problem) for start in lanes(shallow)), key=lambda one: one.speed)
+        below = max((polish(problem, *start) for start in lanes(shallow)), key=lambda one: one.speed)
         lifted = lift(below.weights, search)
-        found.append((polish(lifted, 0.0, np.inf, below.evaluations, problem), THREE_LAYERS))
+        found.append((polish(problem, lifted, 0.0, np.inf, below.evaluations), THREE_LAYERS))
     found.sort(key=lambda one: -one[0].speed)
     best, _ = found[0]
     return {
@@ -61,7 +63,7 @@ def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, np.ndarray]
     }
 
 
-def lanes(climbs):
+def lanes(climbs) -> Iterator[tuple[Matrices, float, float, int]]:
     """The starts of a climb one by one: weights, speed, residual and evaluations."""
     weights, speeds, residuals, evaluations = climbs
     for i in range(len(speeds)):
