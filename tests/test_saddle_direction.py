@@ -10,7 +10,8 @@ import saddlejax as sj
 from problems import HEXAGON_SPEED, gaussian, hexagon, hexagon_direction
 from saddlejax import saddle
 from saddlejax.saddle.clarke import stationarity
-from saddlejax.saddle.pieces import Cell, Kinks, Problem, flat, run, shaped
+from saddlejax.saddle.pieces import Cell, Kinks, Problem, flat, run, shaped, true_energy
+from saddlejax.saddle.settle import Search, lift
 
 KEY = jax.random.key(0)
 DIGITS_SPEED = 0.074220610  # the best of many searches with other methods
@@ -138,6 +139,15 @@ def test_speeds_rise_with_depth_and_random_starts_do_not_beat_them(seed):
     np.testing.assert_allclose([float(best.rank_one_speed) for best in found], found[0].rank_one_speed, rtol=1e-12)
 
 
+def test_a_fast_direction_with_two_neurons_in_its_last_hidden_layer_can_be_made_deeper():
+    weights = hexagon_direction()
+    doubled = [weights[0], np.vstack([0.8 * weights[1], -0.6 * weights[1]]), np.array([[0.8, 0.6]])]
+    problem = numpy_problem(hexagon(0.0))
+    deep = lift(doubled, problem, Search((2, 3, 2, 4, 2, 1), saddle.tangent("relu")))
+    assert [w.shape for w in deep] == [(3, 2), (2, 3), (4, 2), (2, 4), (1, 2)]
+    np.testing.assert_allclose(true_energy(deep, problem), HEXAGON_SPEED, rtol=1e-12)
+
+
 def test_cross_entropy_and_sample_weights():
     task = gaussian(8)
     labels = np.argmax(np.asarray(task.y), axis=1)
@@ -216,3 +226,14 @@ def test_bad_arguments_are_explained():
         sj.escape_direction(task, [3, 3, 1], key=KEY)
     with pytest.raises(ValueError, match="starts must be a whole number"):
         sj.escape_direction(task, [2, 3, 1], starts=0, key=KEY)
+
+
+def test_depth_does_not_lose_a_rare_optimum():
+    # Perturbed alternating targets on a decagon, where few random starts find the best three-layer direction.
+    rng = np.random.default_rng(2)
+    angles = np.arange(10) * np.pi / 5 + 0.1 * rng.normal(size=10)
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    task = sj.Task(x, (np.cos(5 * angles) + 0.1 * rng.normal(size=10))[:, None])
+    three, four = saddle.directions_over_depth(task, [3, 4], width=8, starts=16, key=jax.random.key(2))
+    assert four.speed >= three.speed * (1 - 1e-12) and three.speed > 1.05 * three.rank_one_speed
+    check_certificates(four, task)

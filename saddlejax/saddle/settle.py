@@ -8,7 +8,7 @@ import numpy as np
 
 from .merge import merge, pad
 from .origin import Tangent
-from .pieces import Matrices, Problem
+from .pieces import Matrices, Problem, true_energy, unit
 from .polish import polish
 from .rank_one import chain_tangent, embed
 
@@ -46,8 +46,8 @@ def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, Any]:
     found.append((polish(problem, embedded, rank_one[0].speed, np.inf, rank_one[0].evaluations), RANK_ONE))
     if shallow is not None:
         below = max((polish(problem, *start) for start in lanes(shallow)), key=lambda one: one.speed)
-        lifted = lift(below.weights, search)
-        found.append((polish(problem, lifted, 0.0, np.inf, below.evaluations), THREE_LAYERS))
+        lifted = lift(below.weights, problem, search)
+        found.append((polish(problem, lifted, true_energy(lifted, problem), np.inf, below.evaluations), THREE_LAYERS))
     found.sort(key=lambda one: -one[0].speed)
     best, _ = found[0]
     return {
@@ -70,15 +70,15 @@ def lanes(climbs) -> Iterator[tuple[Matrices, float, float, int]]:
         yield [np.asarray(w[i], float) for w in weights], float(speeds[i]), float(residuals[i]), int(evaluations[i])
 
 
-def lift(weights: Matrices, search: Search) -> Matrices:
-    """A network of three layers made deeper by identities before its last layer.
+def lift(weights: Matrices, problem: Problem, search: Search) -> Matrices:
+    """A network of three layers made deeper by numbers one before its last layer, at no smaller a speed.
 
-    The second hidden layer of an optimal direction has one neuron, whose signal passes a 1 × 1 identity unchanged
-    where the slope above zero is one: an optimal speed never falls with depth (Bantzis, Simon & Jacot, arXiv:2505.21722).
+    The speed is `Σ_j ‖W_2[j]‖ ‖W_3[:, j]‖ c_j`, with `c_j` the speed if the last hidden layer were neuron `j` alone; so
+    the best of them alone is at least as fast. Its signal passes a 1 × 1 identity unchanged where the slope above
+    zero is one: an optimal speed never falls with depth (Bantzis, Simon & Jacot, arXiv:2505.21722).
     """
     first, second, last = merge(weights, 1e-6)
-    identity = np.eye(len(second)) / np.sqrt(len(second))
-    if len(second) > min(search.sizes[1:-1]):
-        return embed([first[:1], last[:, :1]], search.sizes, 1.0)
-    deep = [first, second, *([identity] * (search.depth - 3)), last]
+    alone = [[first, second[j : j + 1], last[:, j : j + 1]] for j in range(len(second))]
+    first, second, last = unit(max(alone, key=lambda one: true_energy(one, problem)))
+    deep = [first, second, *([np.ones((1, 1))] * (search.depth - 3)), last]
     return pad(deep, list(zip(search.sizes[1:], search.sizes[:-1], strict=True)))
