@@ -1,6 +1,6 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import plot as plot, tasks as tasks
+from . import plot as plot, saddle as saddle, tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .escape_scan import escape_scan as escape_scan
@@ -21,4 +21,10 @@ from .imbalance import (
 )
 from .losses import cross_entropy as cross_entropy, mse as mse
 from .networks import MLP as MLP, scale_layers as scale_layers
+from .saddle import (
+    EscapeDirection as EscapeDirection,
+    escape_direction as escape_direction,
+    low_rank_margin as low_rank_margin,
+    signal_energy as signal_energy,
+)
 from .tasks import Task as Task

@@ -1,7 +1,8 @@
 """The command line."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import jax
 import matplotlib
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import plot, tasks
+from . import plot, saddle, tasks
 from .escape_scan import escape_scan
 from .flow.result import power_of_ten
 from .tasks import Task
@@ -86,12 +87,55 @@ def escape(
             job = bar.add_task("flows (the first ones compile)", total=lanes)
             results = escape_scan(task, width=width, depth=depth, on_lane=lambda: bar.advance(job), **grid)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from None
+        _fail(error)
     console.print(_table(results))
     numbers, figure = out / "escape_times.csv", out / "escape_times.png"
     results.to_dataframe().to_csv(numbers)
     _figure(results, figure)
+    console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+
+
+@app.command()
+def direction(
+    data: Annotated[str, typer.Option(help="As for the command escape.")] = "digits",
+    samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
+    width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
+    depth: Annotated[
+        list[int] | None, typer.Option(min=2, help="Number of weight matrices; repeat.  [default: 2 to 8]")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="A homogeneous or smooth activation.")] = "relu",
+    starts: Annotated[int, typer.Option(min=1, help="Random starts a depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random starts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-direction"),
+) -> None:
+    """Optimal escape directions from the saddle at zero weights, over depth.
+
+    An escape direction is a point ρ with unit layers where -∇L0(ρ) = s ρ, L0 the leading order of the loss; the largest
+    speed s is the way a network of tiny weights leaves. The table compares the speeds with an upper bound, and the
+    singular values of every layer with the bound σ1/σ2 ≥ l^¼ for deep ReLU networks.
+    """
+    try:
+        task = _task(data, samples)
+        out.mkdir(parents=True, exist_ok=True)
+        depths = depth or list(range(2, 9))
+        console.print(f"{task}\nnetworks: width {width}, {activation}, {starts} random starts a depth")
+        with _progress() as bar:
+            job = bar.add_task("depths", total=len(depths))
+            found = saddle.directions_over_depth(
+                task,
+                depths,
+                width=width,
+                activation=activation,
+                starts=starts,
+                key=jax.random.key(seed),
+                progress=lambda best: bar.advance(job),
+            )
+    except (ValueError, OSError) as error:
+        _fail(error)
+    console.print(saddle.directions_table(found))
+    numbers, figure = out / "directions.json", out / "directions.png"
+    numbers.write_text(json.dumps([saddle.record(best) for best in found], indent=2))
+    saddle.directions_figure(found).savefig(figure, dpi=160)
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 
@@ -101,6 +145,11 @@ def version() -> None:
     from importlib.metadata import version
 
     console.print(version("saddlejax"), highlight=False)
+
+
+def _fail(error: Exception) -> NoReturn:
+    console.print(f"[red]error:[/red] {error}", highlight=False)
+    raise typer.Exit(2) from None
 
 
 def _task(data: str, samples: int | None) -> Task:

@@ -6,6 +6,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from .flow import Flow
+from .saddle.figures import singular_values as singular_values
 
 # Dark enough for print, and told apart by colour-blind readers (Okabe & Ito), with a marker each besides.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -1,0 +1,51 @@
+"""How far a network has turned to an escape direction, layer by layer."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .. import _check
+from ..networks import AbstractNetwork, check_weights
+from .ascent import unit_layers
+from .merge import merge
+from .origin import tangent
+
+
+def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Array, " layers"]:
+    """The cosine between `W_l` and `ρ̃_l` for every layer, shape `(L,)`; `ρ̃` is a direction as good as `ρ`.
+
+    Permuting hidden neurons or splitting one into parallel ones changes neither the function nor the speed of a
+    direction, so a network never turns to `ρ` itself but to one of its equivalents. From the first layer on, each
+    neuron of the network is given to the neuron of `ρ` (its parallel neurons merged) that it agrees with most, and the
+    latter is split among them so as to agree best: `ρ̃_l = Q_l ρ_l Q_{l−1}ᵀ` with non-negative `Q_l` of unit columns
+    (signed, where the network is linear to leading order). Near zero for a random network; one in every layer where the
+    network is an optimal direction.
+
+    **Arguments:** `net`, the network; `direction`, matrices with the same inputs, outputs and depth, such as the
+    `weights` of [`saddlejax.escape_direction`][] (values, not traced ones).
+
+    **Raises:** `ValueError` for matrices that do not fit the network.
+    """
+    rho = [np.asarray(w, float) for w in direction]
+    check_weights("direction", [jnp.asarray(w) for w in rho])
+    matrices = unit_layers(net.matrices())
+    ours, theirs = ((len(ws), ws[0].shape[1], ws[-1].shape[0]) for ws in (matrices, rho))
+    if ours != theirs:
+        raise _check.fail("direction", f"have the network's depth, inputs and outputs {ours}", theirs)
+    signed = tangent(net.activation).linear
+    below = jnp.eye(ours[1], dtype=matrices[0].dtype)
+    cosines = []
+    for layer, (w, target) in enumerate(zip(matrices, merge(rho, 1e-6), strict=True)):
+        agreement = jnp.matmul(jnp.matmul(w, below, precision="highest"), target.T, precision="highest")
+        if layer == len(matrices) - 1:
+            cosines.append(jnp.trace(agreement))
+            continue
+        strength = jnp.abs(agreement) if signed else jnp.maximum(agreement, 0)
+        chosen = strength == jnp.max(strength, axis=1, keepdims=True)
+        split = jnp.where(chosen & (strength > 0), agreement, 0)
+        lengths = jnp.linalg.norm(split, axis=0)
+        below = split / jnp.where(lengths > 0, lengths, 1)
+        cosines.append(jnp.sum(lengths))
+    return jnp.stack(cosines)

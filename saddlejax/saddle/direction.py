@@ -1,0 +1,168 @@
+"""The optimal escape direction of the saddle at the origin."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from .. import _check
+from ..activations import Activation, resolve_activation
+from ..networks import Weights
+from ..tasks.task import Task
+from .ascent import Climb, climb, random_starts
+from .bounds import speed_bound
+from .origin import Origin, Tangent, energy, origin_matrix, tangent
+from .rank_one import chain_tangent
+from .result import EscapeDirection
+from .settle import RANK_ONE, Search, settle
+
+_TOLERANCE = 1e-2  # plain residual at which the ascent hands over to the polish
+_EVALUATIONS = 300
+_FEWEST_RANK_ONE_STARTS = 64
+
+
+def escape_direction(
+    task: Task,
+    sizes: Sequence[int],
+    activation: str | Activation = "relu",
+    *,
+    starts: int = 16,
+    key: PRNGKeyArray,
+) -> EscapeDirection:
+    """The fastest direction out of the saddle at zero weights.
+
+    Near the origin the loss is `C(0) + 𝓛_0(θ)` with `𝓛_0 = E⟨∇c(0, y), f(x)⟩` of degree one in each layer. An escape
+    direction has `‖ρ‖² = L` and `−∇𝓛_0(ρ) = s ρ` with speed `s > 0`, which forces `‖W_l‖_F = 1`; the optimal one maximises
+    `s = −𝓛_0(ρ)` (Bantzis, Simon & Jacot, arXiv:2505.21722).
+
+    Networks that are linear to leading order (smooth activations of gain `α`, `α = 1` for the identity) have a closed
+    form: `s* = |α|^{L−1} ‖M‖_op`, `M = −E[∇c(0, y) xᵀ]`, every layer of rank one. Others are searched from many starts by
+    L-BFGS on `log s`, then brought to stationarity by an active-set method on the kinks, in double precision:
+    random starts of full rank; the best rank-one direction, itself from at least 64 starts; and for `L > 3` the best
+    direction found with three layers, made deeper, so that the speed does not fall with depth.
+
+    **Arguments:**
+
+    - `task`: any task with a differentiable loss.
+    - `sizes`: `[in_size, width, …, out_size]`, the sizes of the layers.
+    - `activation`: a name or an elementwise JAX function with `σ(0) = 0`; what counts is its slopes on either side of zero.
+    - `starts`: how many random starts of full rank.
+    - `key`: a JAX random key.
+
+    **Returns:** an [`saddlejax.saddle.EscapeDirection`][].
+
+    **Raises:** `ValueError` for sizes that do not fit the task, and for activations with `σ(0) ≠ 0` or without a
+    non-zero slope at zero, for which the origin is no saddle of this kind.
+    """
+    sizes = _check.layer_sizes("sizes", sizes)
+    if (sizes[0], sizes[-1]) != (task.in_size, task.out_size):
+        raise _check.fail(
+            "sizes", f"begin with {task.in_size} and end with {task.out_size}, as the task does", list(sizes)
+        )
+    _check.whole_number("starts", starts)
+    sigma = resolve_activation(activation)
+    slopes = tangent(sigma)
+    if slopes.linear or len(sizes) == 2:
+        return _closed_form(task, sizes, sigma, slopes.plus)
+    frozen = jax.lax.stop_gradient(task)
+    found = _search(frozen, Search(sizes, slopes), starts, key)
+    origin = Origin(frozen, slopes)
+    bound = speed_bound(frozen, origin, found["weights"][0], jnp.asarray(len(sizes) - 1))
+    speed = jnp.where(found["speeds"][0] > 0, _energy(found["weights"], Origin(task, slopes)), 0)
+    return EscapeDirection(
+        speed=speed,
+        upper_bound=bound.value,
+        proven_bound=bound.proven,
+        residual=found["residuals"][0],
+        plain_residual=found.pop("plain_residuals")[0],
+        rank_one_speed=found["rank_one_speeds"][0],
+        activation=sigma,
+        **found,
+    )
+
+
+_energy = eqx.filter_jit(energy)
+
+
+def _closed_form(task: Task, sizes: tuple[int, ...], sigma: Activation, gain: float) -> EscapeDirection:
+    """The direction of a network that is linear to leading order: the top singular vectors of `M`."""
+    hidden = len(sizes) - 2
+    left, values, right = jnp.linalg.svd(origin_matrix(task), full_matrices=False)
+    weights = [jnp.zeros((rows, columns), values.dtype) for rows, columns in zip(sizes[1:], sizes[:-1], strict=True)]
+    if hidden == 0:
+        # One layer is not homogeneous beyond the first degree: every matrix along M is its fastest direction.
+        weights = [origin_matrix(task) / jnp.linalg.norm(origin_matrix(task))]
+        speed = jnp.linalg.norm(origin_matrix(task))
+    else:
+        sign = np.sign(gain) ** hidden
+        weights[0] = weights[0].at[0].set(right[0])
+        for layer in range(1, hidden):
+            weights[layer] = weights[layer].at[0, 0].set(1)
+        weights[-1] = weights[-1].at[:, 0].set(sign * left[:, 0])
+        speed = abs(gain) ** hidden * values[0]
+    miss = _residual(tuple(weights), speed, task, gain)
+    one, none = speed[None], jnp.zeros(1, int)
+    return EscapeDirection(
+        weights=tuple(weights), speed=speed, residual=miss, plain_residual=miss, kinks=jnp.zeros((), int),
+        upper_bound=speed, proven_bound=speed, rank_one_speed=speed if hidden else values[0], rank_one_speeds=one,
+        speeds=one, residuals=miss[None], gradient_evaluations=none, polish_evaluations=none,
+        start_kinds=none + RANK_ONE, activation=sigma,
+    )
+
+
+def _residual(weights: Weights, speed: Array, task: Task, gain: float) -> Array:
+    slopes = jax.grad(energy)(weights, Origin(task, Tangent(gain, gain)))
+    misses = [slope - speed * w for slope, w in zip(slopes, weights, strict=True)]
+    size = jnp.sqrt(sum(jnp.sum(jnp.square(miss)) for miss in misses))
+    return jnp.where(speed > 0, size / jnp.where(speed > 0, speed, 1), jnp.nan)
+
+
+def _search(task: Task, search: Search, starts: int, key: PRNGKeyArray) -> dict[str, Any]:
+    """All climbs on the device, then the polish on the host."""
+    sizes, dtype = search.sizes, task.x.dtype
+    ends = (sizes[0], sizes[-1])
+    origin = Origin(task, search.slopes)
+    chain, _ = chain_tangent(search.slopes, search.depth)
+    keys = [jax.random.fold_in(key, number) for number in (2, 3, search.depth)]
+    narrow_starts = max(_FEWEST_RANK_ONE_STARTS, 4 * starts)
+
+    def climbs(sizes: tuple[int, ...], count: int, key: PRNGKeyArray, origin: Origin) -> Climb:
+        first = random_starts(sizes, count, key, dtype)
+        return climb(first, origin, jnp.asarray(_TOLERANCE, dtype), jnp.asarray(_EVALUATIONS))
+
+    narrow = climbs((ends[0], 1, ends[1]), narrow_starts, keys[0], Origin(task, chain))
+    three = (ends[0], sizes[1], sizes[-2], ends[1])
+    shallow = climbs(three, starts, keys[1], origin) if search.depth > 3 else None
+    arguments = (origin.x, origin.r, narrow, shallow, climbs(sizes, starts, keys[2], origin))
+    return _on_host(search, arguments, starts, narrow_starts)
+
+
+def _on_host(search: Search, arguments: tuple, starts: int, narrow_starts: int) -> dict[str, Any]:
+    """Settle the climbs at once, or through a callback where they are traced."""
+    dtype, whole = arguments[0].dtype, jnp.zeros(0, int).dtype
+    count = starts + 1 + (search.depth > 3)
+    number, integer = partial(jax.ShapeDtypeStruct, dtype=dtype), partial(jax.ShapeDtypeStruct, dtype=whole)
+    shapes = {
+        "weights": tuple(number(shape) for shape in zip(search.sizes[1:], search.sizes[:-1], strict=True)),
+        "kinks": integer(()),
+        "speeds": number((count,)),
+        "residuals": number((count,)),
+        "plain_residuals": number((count,)),
+        "gradient_evaluations": integer((count,)),
+        "polish_evaluations": integer((count,)),
+        "start_kinds": integer((count,)),
+        "rank_one_speeds": number((narrow_starts,)),
+    }
+
+    def host(*arguments: Any) -> dict[str, Any]:
+        results = settle(search, *arguments)
+        return jax.tree.map(lambda result, like: np.asarray(result, like.dtype), results, shapes)
+
+    if _check.is_concrete(arguments):
+        return jax.tree.map(jnp.asarray, host(*arguments))
+    return jax.pure_callback(host, shapes, *arguments, vmap_method="sequential")

@@ -1,0 +1,58 @@
+"""From a nearly stationary direction to a stationary one."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from .active_set import ascend
+from .clarke import stationarity
+from .merge import merge, pad
+from .pieces import Matrices, Problem, true_energy, unit
+
+_MOST_UNKNOWNS = 2500  # of the merged network, for dense linear algebra
+_ANGLES = (0.3, 0.1, 0.03, 0.01)  # between neurons that are tried as one, in radians
+_DISTANCES = (1e-6, 1e-2, 1e-3)  # from kinks that are tried as active
+_MOST_TURNS = 400
+_NO_SPEED = 1e-12  # relative to the largest conceivable speed
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A direction and its certificate; `kinks` counts the samples and neurons on their kink."""
+
+    weights: Matrices
+    speed: float
+    plain: float
+    clarke: float
+    kinks: int
+    evaluations: int
+    turns: int
+
+
+def polish(problem: Problem, weights: Matrices, speed: float, residual: float, evaluations: int) -> Settled:
+    """The stationary direction next to the end of a climb, of the same shapes.
+
+    Neurons that do the same are merged, coarsely first, and the merged network ascends by an active-set method. What
+    does not end with a smaller residual at no smaller speed is not taken. A speed of zero has no direction: its
+    residuals are `nan`.
+    """
+    weights = unit(weights)
+    best = Settled(weights, speed, residual, residual, 0, evaluations, 0)
+    largest = np.sum(np.linalg.norm(problem.r, axis=1) * np.linalg.norm(problem.x, axis=1))
+    turns = 0
+    for angle, distance in product(_ANGLES, _DISTANCES):
+        small = merge(weights, angle)
+        if sum(w.size for w in small) > _MOST_UNKNOWNS:
+            break
+        small, taken = ascend(small, problem, distance)
+        turns += taken
+        reached, there = true_energy(small, problem), stationarity(small, problem)
+        if there.clarke < best.clarke and reached >= speed * (1 - 1e-9) and reached > _NO_SPEED * largest:
+            full = pad(small, [w.shape for w in weights])
+            best = Settled(full, reached, there.plain, there.clarke, len(there.kinks), evaluations, turns)
+        if best.clarke < 1e-9 or turns > _MOST_TURNS or not max(reached, speed) > _NO_SPEED * largest:
+            break
+    if not best.speed > _NO_SPEED * largest:
+        return Settled(weights, 0.0, np.nan, np.nan, 0, evaluations, turns)
+    return Settled(best.weights, best.speed, best.plain, best.clarke, best.kinks, evaluations, turns)
