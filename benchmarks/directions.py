@@ -123,8 +123,13 @@ def scipy_evaluations(start, origin) -> int:
         return float(value), np.asarray(slope)
 
     try:
-        minimize(counted, np.asarray(point), jac=True, method="L-BFGS-B",
-                 options={"maxcor": 16, "maxfun": LIMIT, "maxiter": LIMIT, "ftol": 0, "gtol": 0})
+        minimize(
+            counted,
+            np.asarray(point),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxcor": 16, "maxfun": LIMIT, "maxiter": LIMIT, "ftol": 0, "gtol": 0},
+        )
     except Done:
         return count
     return LIMIT
@@ -172,8 +177,12 @@ def search(problems: int) -> list[dict]:
             "residual": float(max(three.residual, four.residual)),
         }
         rows.append(row)
-        table.add_row(row["problem"], *(f"{row[k]:.8f}" for k in ("rank_one", "s3", "s4")),
-                      f"{row['gain']:.1e}", f"{row['residual']:.0e}")
+        table.add_row(
+            row["problem"],
+            *(f"{row[k]:.8f}" for k in ("rank_one", "s3", "s4")),
+            f"{row['gain']:.1e}",
+            f"{row['residual']:.0e}",
+        )
     Console(width=130).print(table)
     return rows
 

@@ -6,7 +6,6 @@ from typing import Annotated, NoReturn
 
 import jax
 import matplotlib
-import numpy as np
 import typer
 import xarray as xr
 from rich.box import SIMPLE_HEAD
@@ -74,18 +73,23 @@ def escape(
     """
     try:
         task = _task(data, samples)
-        grid = {
-            "activation": activation or ["tanh", "relu"],
-            "bottleneck": bottleneck or [2, 3, 4],
-            "scale": scale or [1e-1, 1e-2, 1e-3, 1e-4, 1e-5],
-            "seed": list(range(seeds)),
-        }
+        activations, bottlenecks = activation or ["tanh", "relu"], bottleneck or [2, 3, 4]
+        scales = scale or [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
         out.mkdir(parents=True, exist_ok=True)
         console.print(f"{task}\nnetworks: depth {depth}, width {width}, {seeds} seeds")
-        lanes = int(np.prod([len(values) for values in grid.values()]))
+        lanes = len(activations) * len(bottlenecks) * len(scales) * seeds
         with _progress() as bar:
             job = bar.add_task("flows (the first ones compile)", total=lanes)
-            results = escape_scan(task, width=width, depth=depth, on_lane=lambda: bar.advance(job), **grid)
+            results = escape_scan(
+                task,
+                width=width,
+                depth=depth,
+                activation=activations,
+                bottleneck=bottlenecks,
+                scale=scales,
+                seed=range(seeds),
+                on_lane=lambda: bar.advance(job),
+            )
     except (ValueError, OSError) as error:
         _fail(error)
     console.print(_table(results))

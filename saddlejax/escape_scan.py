@@ -69,7 +69,7 @@ def escape_scan(
     sizes = (task.in_size, *[width] * (depth - 1), task.out_size)
     grid = list(product(range(len(functions)), range(len(bottleneck)), range(len(scale)), range(len(seed))))
     shape = (len(functions), len(bottleneck), len(scale), len(seed))
-    values = {name: np.full(shape, np.nan) for name in MEASURES}
+    measures = {name: np.full(shape, np.nan) for name in MEASURES}
     status = np.full(shape, "", dtype=object)
 
     def lane(index: tuple[int, int, int, int]) -> None:
@@ -78,7 +78,7 @@ def escape_scan(
         log_scale = jnp.log(jnp.asarray(scale[e], task.x.dtype))
         measured, outcome = _measure(task, sizes, functions[a], jax.random.key(seed[k]), log_scale, mask)
         for name in MEASURES:
-            values[name][index] = float(measured[name])
+            measures[name][index] = float(measured[name])
         status[index] = Status[outcome]
         on_lane()
 
@@ -90,7 +90,7 @@ def escape_scan(
     names = [name if isinstance(name, str) else getattr(name, "__name__", str(name)) for name in activation]
     dims = ("activation", "bottleneck", "scale", "seed")
     coordinates = dict(zip(dims, (names, list(bottleneck), list(scale), list(seed)), strict=True))
-    data = {name: (dims, values[name], {"long_name": meaning}) for name, meaning in MEASURES.items()}
+    data = {name: (dims, measures[name], {"long_name": meaning}) for name, meaning in MEASURES.items()}
     return xr.Dataset(
         {**data, "status": (dims, status.astype(str))},
         coords={**coordinates, "depth": depth, "width": width},

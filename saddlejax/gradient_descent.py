@@ -15,6 +15,7 @@ from .imbalance import sum_neurons
 from .networks import AbstractNetwork
 from .tasks.task import Task, check_fits, match_precision, task_loss
 
+
 class Descent(NamedTuple):
     """What a run of gradient descent records, one row every `every` steps, the start included.
 

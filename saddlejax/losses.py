@@ -10,9 +10,7 @@ def mse(prediction: Float[Array, " out"], target: Float[Array, " out"]) -> Float
     return 0.5 * jnp.sum(jnp.square(prediction - target))
 
 
-def cross_entropy(
-    prediction: Float[Array, " out"], target: Int[Array, ""] | Float[Array, " out"]
-) -> Float[Array, ""]:
+def cross_entropy(prediction: Float[Array, " out"], target: Int[Array, ""] | Float[Array, " out"]) -> Float[Array, ""]:
     """Cross-entropy `−Σ_k p_k log softmax(f)_k` of the logits `f`.
 
     `target` is a class number, or a vector of probabilities `p`.

@@ -1,6 +1,7 @@
 """Bias-free networks as Equinox modules, and their initial scales."""
 
 import abc
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
@@ -112,7 +113,7 @@ def check_weights(argument: str, weights: Sequence[Array]) -> None:
     for layer, w in enumerate(weights):
         if w.ndim != 2 or 0 in w.shape:
             raise _check.fail(f"{argument}[{layer}]", "be a matrix (fan_out, fan_in)", f"of shape {w.shape}")
-    for layer, (below, above) in enumerate(zip(weights[:-1], weights[1:], strict=True)):
+    for layer, (below, above) in enumerate(itertools.pairwise(weights)):
         if below.shape[0] != above.shape[1]:
             raise _check.fail(
                 argument,
@@ -129,7 +130,8 @@ def preactivations(
     `taps`, where given, are added to the hidden signals `h_1 … h_{L−1}`: differentiating with respect to a tap gives
     the derivative with respect to the signal. Matrix products run at full precision whatever the global setting.
     """
-    h, zs = x, []
+    h = x
+    zs: list[Array] = []
     for layer, matrix in enumerate(net.matrices()):
         if layer > 0:
             h = net.activation(zs[-1])
@@ -161,7 +163,9 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
     chosen = _check.layer_indices(layers, net.depth)
     scales = jnp.asarray(scale)
     if scales.ndim > 1 or (scales.ndim == 1 and scales.shape != (len(chosen),)):
-        raise _check.fail("scale", f"be a number or {len(chosen)} numbers, one a chosen layer", f"of shape {scales.shape}")
+        raise _check.fail(
+            "scale", f"be a number or {len(chosen)} numbers, one a chosen layer", f"of shape {scales.shape}"
+        )
     scales = jnp.broadcast_to(scales, (len(chosen),))
     weights = list(net.weights)
     for position, layer in enumerate(chosen):

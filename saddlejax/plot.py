@@ -42,7 +42,14 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
         law = _law(scale, int(r), middle)
         if law is not None:
             ax.plot(*law, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    ax.plot([], [], color="0.45", linewidth=1, linestyle=(0, (4, 3)), label=r"law: $\varepsilon^{-(r-2)}$, or $\log 1/\varepsilon$")
+    ax.plot(
+        [],
+        [],
+        color="0.45",
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=r"law: $\varepsilon^{-(r-2)}$, or $\log 1/\varepsilon$",
+    )
     ax.set_xscale("log")
     ax.invert_xaxis()
     ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
@@ -61,7 +68,11 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
         values = results.exponent.sel(bottleneck=r).transpose("scale", "seed").values
         known = np.isfinite(values).any(axis=1)
         if known.any():
-            low, middle, high = np.nanmin(values[known], axis=1), _median(values[known]), np.nanmax(values[known], axis=1)
+            low, middle, high = (
+                np.nanmin(values[known], axis=1),
+                _median(values[known]),
+                np.nanmax(values[known], axis=1),
+            )
             ax.errorbar(
                 scale[known],
                 middle,
@@ -90,7 +101,9 @@ def flow(flow: Flow, ax: Axes | None = None) -> Axes:
     escape = float(flow.log_escape_time) / np.log(10)
     if np.isfinite(escape):
         ax.axvline(escape, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-        ax.annotate("escape", (escape, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35")
+        ax.annotate(
+            "escape", (escape, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
+        )
     ax.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
     ax.set_ylabel(r"loss $\mathcal{L}$")
     return ax

@@ -156,7 +156,7 @@ def test_derivatives_that_fail_next_to_zero_are_not_believed():
 
 
 @pytest.mark.parametrize(
-    "function, letter, order, homogeneous",
+    ("function", "letter", "order", "homogeneous"),
     [
         (lambda z: z**2, "C", 2, "everywhere"),
         (lambda z: z**3, "B", 3, "everywhere"),
@@ -218,7 +218,7 @@ def test_summary():
     "bad", ["no such name", 3, lambda z: z.sum(), lambda z: 1j * z, lambda z: np.tanh(float(z)), jnp.isfinite]
 )
 def test_bad_activations_are_refused(bad):
-    with pytest.raises(ValueError, match="^activation must be"):
+    with pytest.raises(ValueError, match=r"^activation must be"):
         sj.classify_activation(bad)
 
 

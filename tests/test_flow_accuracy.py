@@ -45,14 +45,15 @@ def fixed_step_escape(weights, x, y, activation, step, fraction=0.5):
 
     def advance(carry):
         w, t, _, _, old, _ = carry
-        move = lambda k, a: [p + a * step * q for p, q in zip(w, k, strict=True)]
+
+        def move(k, a):
+            return [p + a * step * q for p, q in zip(w, k, strict=True)]
+
         k1, t1, _ = rate(w)
         k2, t2, _ = rate(move(k1, 0.5))
         k3, t3, _ = rate(move(k2, 0.5))
         k4, t4, _ = rate(move(k3, 1.0))
-        new = [
-            p + step / 6 * (a + 2 * b + 2 * c + d) for p, a, b, c, d in zip(w, k1, k2, k3, k4, strict=True)
-        ]
+        new = [p + step / 6 * (a + 2 * b + 2 * c + d) for p, a, b, c, d in zip(w, k1, k2, k3, k4, strict=True)]
         return new, t + step / 6 * (t1 + 2 * t2 + 2 * t3 + t4), t, old, plain_loss(new, x, y, activation), 0
 
     first = plain_loss(weights, x, y, activation)
@@ -113,12 +114,16 @@ def test_gradient_descent_approaches_the_flow_at_first_order():
 
     @jax.jit
     def descend(rate):
-        step = lambda w: [p - rate * g for p, g in zip(w, jax.grad(plain_loss)(w, task.x, task.y, jnp.tanh), strict=True)]
-        loss = lambda w: plain_loss(w, task.x, task.y, jnp.tanh)
-        body = lambda c: (step(c[0]), c[1] + 1, loss(c[0]))
-        weights, steps, before = jax.lax.while_loop(
-            lambda c: loss(c[0]) > half, body, (list(net.weights), 0, jnp.inf)
-        )
+        def step(w):
+            return [p - rate * g for p, g in zip(w, jax.grad(plain_loss)(w, task.x, task.y, jnp.tanh), strict=True)]
+
+        def loss(w):
+            return plain_loss(w, task.x, task.y, jnp.tanh)
+
+        def body(c):
+            return (step(c[0]), c[1] + 1, loss(c[0]))
+
+        weights, steps, before = jax.lax.while_loop(lambda c: loss(c[0]) > half, body, (list(net.weights), 0, jnp.inf))
         return rate * (steps - 1 + (before - half) / (before - loss(weights)))
 
     rates = np.array([0.4, 0.2, 0.1, 0.05])
@@ -145,9 +150,10 @@ def test_escape_is_the_first_maximum_of_the_gradient_norm():
     flow = sj.gradient_flow(net, task)
     times = float(flow.escape_time) * np.linspace(0.98, 1.02, 81)
     rows = sj.gradient_flow(net, task, sj.Time(times[-1] * 1.0001), rtol=1e-7, save=sj.Save(times=times, weights=True))
-    norm = lambda w: jnp.sqrt(
-        sum(jnp.sum(g**2) for g in jax.grad(plain_loss)(list(w), task.x, task.y, jnp.tanh))
-    )
+
+    def norm(w):
+        return jnp.sqrt(sum(jnp.sum(g**2) for g in jax.grad(plain_loss)(list(w), task.x, task.y, jnp.tanh)))
+
     norms = np.asarray(jax.vmap(norm)(rows.weights))
     assert norms.shape == (81,)
     assert times[np.argmax(norms)] == pytest.approx(float(flow.escape_time), rel=1e-3)
@@ -190,7 +196,9 @@ def test_slow_problem_ends_with_an_outcome():
 def test_cost_meets_its_budget_and_hardly_grows():
     task = teacher()
     cost = [
-        int(sj.gradient_flow(network(6, "tanh", scale), task, HALF, rtol=1e-4, save=SMALL).stats["gradient_evaluations"])
+        int(
+            sj.gradient_flow(network(6, "tanh", scale), task, HALF, rtol=1e-4, save=SMALL).stats["gradient_evaluations"]
+        )
         for scale in (1e-6, 1e-7, 1e-8, 1e-10, 1e-12)
     ]
     assert cost[0] <= 120

@@ -84,9 +84,7 @@ def test_sgd_leaves_the_identity_by_the_squares_of_its_steps():
 
 
 def test_the_departure_from_the_identity_is_first_order_in_the_learning_rate():
-    errors = [
-        sj.gradient_descent(NET, TASK, optax.sgd(0.1 / n), 100 * n).imbalance_error[-1].max() for n in (1, 2, 4)
-    ]
+    errors = [sj.gradient_descent(NET, TASK, optax.sgd(0.1 / n), 100 * n).imbalance_error[-1].max() for n in (1, 2, 4)]
     order = -np.polyfit(np.log([1, 2, 4]), np.log(errors), 1)[0]
     assert order == pytest.approx(1, abs=0.1)
     adam = sj.gradient_descent(NET, TASK, optax.adam(1e-2), 200).imbalance_error[-1].max()
@@ -131,9 +129,7 @@ def test_minibatches_go_through_the_data():
 
 def test_minibatches_depend_on_the_key_only():
     optimiser = optax.sgd(0.1)
-    runs = [
-        sj.gradient_descent(NET, TASK, optimiser, 30, batch_size=5, key=jax.random.key(seed)) for seed in (0, 0, 1)
-    ]
+    runs = [sj.gradient_descent(NET, TASK, optimiser, 30, batch_size=5, key=jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(runs[0].losses, runs[1].losses)
     assert np.max(np.abs(runs[0].losses - runs[2].losses)) > 1e-6
     # The rates are those of each batch, so what is left is discretisation, as for the full batch.
@@ -191,7 +187,7 @@ def test_other_optimisers_and_failures():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"optimiser": 0.1}, "optimiser must be an optax optimiser"),
         ({"steps": 0}, "steps must be a whole number"),

@@ -121,7 +121,7 @@ def test_imbalance_is_the_difference_of_squared_norms():
         np.testing.assert_allclose(np.diag(matrix), neuron, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("activation, conserved", [("identity", True), ("relu", False)])
+@pytest.mark.parametrize(("activation", "conserved"), [("identity", True), ("relu", False)])
 def test_linear_networks_conserve_whole_matrices(activation, conserved):
     net, task = problem(activation, 4, "bumpy", 4)
     velocity = tuple(-slope for slope in loss_gradient(net, task))

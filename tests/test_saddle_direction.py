@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saddle_problems import HEXAGON_SPEED, gaussian, hexagon, hexagon_direction
 from scipy.optimize import minimize_scalar
 
 import saddlejax as sj
-from saddle_problems import HEXAGON_SPEED, gaussian, hexagon, hexagon_direction
 from saddlejax import saddle
 from saddlejax.saddle.clarke import stationarity
 from saddlejax.saddle.pieces import Cell, Kinks, Problem, flat, run, shaped, true_energy
@@ -33,8 +33,10 @@ def check_certificates(best, task):
     np.testing.assert_allclose(best.speed, own, rtol=1e-10)
 
 
-@pytest.mark.parametrize("activation, gain", [("identity", 1), ("tanh", 1), ("gelu", 0.5), ("mish", 0.6),
-                                              (lambda z: -2 * jnp.sin(z), -2)])
+@pytest.mark.parametrize(
+    ("activation", "gain"),
+    [("identity", 1), ("tanh", 1), ("gelu", 0.5), ("mish", 0.6), (lambda z: -2 * jnp.sin(z), -2)],
+)
 @pytest.mark.parametrize("hidden", [(7,), (5, 6, 3)])
 def test_linear_to_leading_order_has_the_closed_form(activation, gain, hidden):
     task = gaussian(0)
@@ -120,8 +122,12 @@ def test_rank_one_speed_against_all_directions_of_a_plane(activation):
         signs = [1 if code >> i & 1 else -1 for i in range(depth - 1)]
         angles = np.linspace(0, 2 * np.pi, 721)
         top = angles[np.argmax([speed(a, signs) for a in angles])]
-        found = minimize_scalar(lambda a: -speed(a, signs), bounds=(top - 0.01, top + 0.01), method="bounded",
-                                options={"xatol": 1e-12})
+        found = minimize_scalar(
+            lambda a, signs=signs: -speed(a, signs),
+            bounds=(top - 0.01, top + 0.01),
+            method="bounded",
+            options={"xatol": 1e-12},
+        )
         kinks = np.arctan2(x[:, 1], x[:, 0]) + np.pi / 2  # a maximum on a kink is too sharp for the line search
         tops += [-found.fun, *(speed(angle + turn, signs) for angle in kinks for turn in (0, np.pi))]
     np.testing.assert_allclose(best.rank_one_speed, max(tops), rtol=1e-8)

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saddle_problems import hexagon, hexagon_direction
 
 import saddlejax as sj
-from saddle_problems import hexagon, hexagon_direction
 from saddlejax import saddle
 
 

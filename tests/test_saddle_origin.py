@@ -2,19 +2,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saddle_problems import gaussian
 
 import saddlejax as sj
-from saddle_problems import gaussian
 from saddlejax import saddle
 from saddlejax.saddle.origin import Origin, energy
 
 
 @pytest.mark.parametrize(
-    "name, minus, plus",
+    ("name", "minus", "plus"),
     [
-        ("identity", 1, 1), ("relu", 0, 1), ("leaky_relu", 0.01, 1), ("abs", -1, 1), ("tanh", 1, 1),
-        ("erf", 2 / np.sqrt(np.pi), 2 / np.sqrt(np.pi)), ("gelu", 0.5, 0.5), ("silu", 0.5, 0.5), ("mish", 0.6, 0.6),
-        ("softsign", 1, 1), ("elu", 1, 1), ("relu6", 0, 1), ("hard_tanh", 1, 1),
+        ("identity", 1, 1),
+        ("relu", 0, 1),
+        ("leaky_relu", 0.01, 1),
+        ("abs", -1, 1),
+        ("tanh", 1, 1),
+        ("erf", 2 / np.sqrt(np.pi), 2 / np.sqrt(np.pi)),
+        ("gelu", 0.5, 0.5),
+        ("silu", 0.5, 0.5),
+        ("mish", 0.6, 0.6),
+        ("softsign", 1, 1),
+        ("elu", 1, 1),
+        ("relu6", 0, 1),
+        ("hard_tanh", 1, 1),
         ("selu", 1.0507009873554805 * 1.6732632423543772, 1.0507009873554805),
     ],
 )
@@ -23,10 +33,14 @@ def test_tangent_slopes(name, minus, plus):
 
 
 @pytest.mark.parametrize(
-    "activation, words",
+    ("activation", "words"),
     [
-        ("sigmoid", "σ(0) = 0.5"), ("softplus", "σ(0)"), ("cos", "σ(0) = 1"), ("squared_relu", "slopes vanish"),
-        (lambda z: jnp.sqrt(jnp.abs(z)), "which has none"), (lambda z: z**3, "slopes vanish"),
+        ("sigmoid", "σ(0) = 0.5"),
+        ("softplus", "σ(0)"),
+        ("cos", "σ(0) = 1"),
+        ("squared_relu", "slopes vanish"),
+        (lambda z: jnp.sqrt(jnp.abs(z)), "which has none"),
+        (lambda z: z**3, "slopes vanish"),
     ],
 )
 def test_activations_without_a_saddle_of_this_kind_are_refused(activation, words):

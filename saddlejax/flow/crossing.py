@@ -54,7 +54,7 @@ def crossing(
         return (*new, evaluations + 1, slow & ~bisect)
 
     init = (*bracket, *values, jnp.asarray(0), jnp.asarray(False))
-    low, high, f_low, f_high, evaluations, _ = jax.lax.while_loop(unfinished, step, init)
+    _low, high, _f_low, _f_high, evaluations, _ = jax.lax.while_loop(unfinished, step, init)
     return high, evaluations
 
 

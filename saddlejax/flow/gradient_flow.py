@@ -72,7 +72,9 @@ def gradient_flow(
     if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
         raise _check.fail("rtol", "be below one", rtol)
     solver = solver or (dfx.Bosh3() if kinked else dfx.Tsit5())
-    if not (isinstance(solver, dfx.AbstractERK) and solver.tableau.fsal):
+    if not (
+        isinstance(solver, dfx.AbstractERK) and isinstance(solver.tableau, dfx.ButcherTableau) and solver.tableau.fsal
+    ):
         raise _check.fail(
             "solver", "be an explicit first-same-as-last diffrax solver: Tsit5, Dopri5, Dopri8 or Bosh3", repr(solver)
         )

@@ -1,6 +1,6 @@
 """The loop: steps of a diffrax solver in the plateau clock, until the end is reached."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -83,7 +83,10 @@ def integrate(
 
 @integrate.def_jvp
 def _integrate_jvp(primals: tuple, tangents: tuple, *, solver: dfx.AbstractERK, max_steps: int) -> tuple:
-    return eqx.filter_jvp(lambda *args: _integrate(*args, solver, max_steps, "bounded"), primals, tangents)
+    def bounded(*arguments: Any) -> Integration:
+        return _integrate(*arguments, solver=solver, max_steps=max_steps, kind="bounded")
+
+    return eqx.filter_jvp(bounded, primals, tangents)
 
 
 def _integrate(
@@ -100,7 +103,9 @@ def _integrate(
     solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda leaf: leaf is None)
     field, state, rate = start(net, task)
     term = dfx.ODETerm(field)
-    order = solver.error_order(term)
+    order = solver.order(term)
+    assert order is not None
+    assert isinstance(solver.tableau, dfx.ButcherTableau)
     plateau = zero_loss(task)
     first_gradient = _log_gradient_norm(field, state, rate)
 
@@ -167,7 +172,7 @@ def _integrate(
 
     condition = until.condition(field, state, rate)
     met = (condition >= 0) & (not until.uses_curvature)
-    status = Status.step_limit
+    status: Status = Status.step_limit
     for happened, outcome in (
         (met, Status.met_at_start),
         (rate.time == 0, Status.stationary),
@@ -198,9 +203,7 @@ def _integrate(
         status=status,
         running=status == Status.step_limit,
     )
-    p = eqxi.while_loop(
-        lambda p: p.running, body, progress, max_steps=max_steps, buffers=lambda p: p.rows, kind=kind
-    )
+    p = eqxi.while_loop(lambda p: p.running, body, progress, max_steps=max_steps, buffers=lambda p: p.rows, kind=kind)
 
     ended = p.status == until.reached
     last_end = jnp.where(p.accepted > 0, p.s, 1)

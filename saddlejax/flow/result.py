@@ -123,9 +123,7 @@ def _summary(flow: Flow) -> str:
 
 
 def _batch_summary(flow: Flow) -> str:
-    names, counts = np.unique(
-        [Status._index_to_message[i] for i in np.ravel(flow.status._value)], return_counts=True
-    )
+    names, counts = np.unique([Status._index_to_message[i] for i in np.ravel(flow.status._value)], return_counts=True)
     times = np.ravel(flow.log_escape_time)
     known = times[np.isfinite(times)]
     lines = [f"{times.size} flows of {'-'.join(map(str, flow.net.sizes))}, {flow.losses.dtype}, until {flow.target}"]

@@ -20,8 +20,10 @@ class AbstractUntil(eqx.Module):
     reached: eqx.AbstractClassVar[Status]
     """The outcome when it does."""
 
-    uses_curvature: eqx.AbstractVar[bool]
-    """Whether evaluating it costs a Hessian-vector product."""
+    @property
+    @abc.abstractmethod
+    def uses_curvature(self) -> bool:
+        """Whether evaluating it costs a Hessian-vector product."""
 
     asks_for_escape: eqx.AbstractClassVar[bool]
     """Whether the time of the end is what matters, so that errors count by their influence on it."""
@@ -79,11 +81,14 @@ class Time(AbstractUntil):
     time: Float[Array, ""]
     reached: ClassVar[Status] = Status.time_reached
     asks_for_escape: ClassVar[bool] = False
-    uses_curvature: ClassVar[bool] = False
 
     def __init__(self, time: float | Array):
         _check.positive_number("time", time)
         self.time = jnp.asarray(time, dtype=float)
+
+    @property
+    def uses_curvature(self) -> bool:
+        return False
 
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         # In units of τ(θ_0), as a difference of logarithms where that would overflow.
@@ -101,11 +106,14 @@ class Loss(AbstractUntil):
     value: Float[Array, ""]
     reached: ClassVar[Status] = Status.loss_reached
     asks_for_escape: ClassVar[bool] = False
-    uses_curvature: ClassVar[bool] = False
 
     def __init__(self, value: float | Array):
         _check.finite("value", value)
         self.value = jnp.asarray(value, dtype=float)
+
+    @property
+    def uses_curvature(self) -> bool:
+        return False
 
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         return self.value - field.loss(state)

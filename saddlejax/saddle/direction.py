@@ -108,10 +108,21 @@ def _closed_form(task: Task, sizes: tuple[int, ...], sigma: Activation, gain: fl
     miss = _residual(tuple(weights), speed, task, gain)
     one, none = speed[None], jnp.zeros(1, int)
     return EscapeDirection(
-        weights=tuple(weights), speed=speed, residual=miss, plain_residual=miss, kinks=jnp.zeros((), int),
-        upper_bound=speed, proven_bound=speed, rank_one_speed=speed if hidden else values[0], rank_one_speeds=one,
-        speeds=one, residuals=miss[None], gradient_evaluations=none, polish_evaluations=none,
-        start_kinds=none + RANK_ONE, activation=sigma,
+        weights=tuple(weights),
+        speed=speed,
+        residual=miss,
+        plain_residual=miss,
+        kinks=jnp.zeros((), int),
+        upper_bound=speed,
+        proven_bound=speed,
+        rank_one_speed=speed if hidden else values[0],
+        rank_one_speeds=one,
+        speeds=one,
+        residuals=miss[None],
+        gradient_evaluations=none,
+        polish_evaluations=none,
+        start_kinds=none + RANK_ONE,
+        activation=sigma,
     )
 
 

@@ -57,8 +57,19 @@ def lbfgs(
     flat, zero, count = jnp.zeros_like(first), jnp.zeros((), first.dtype), jnp.zeros((), int)
     # The first turn evaluates at the start: a step of no length, from a cost of infinity.
     state = _State(
-        first, zero + jnp.inf, flat, flat, zero, zero, zero + jnp.inf, count,
-        nothing, nothing, count, count, jnp.zeros((), bool),
+        first,
+        zero + jnp.inf,
+        flat,
+        flat,
+        zero,
+        zero,
+        zero + jnp.inf,
+        count,
+        nothing,
+        nothing,
+        count,
+        count,
+        jnp.zeros((), bool),
     )
 
     def going(s: _State) -> Array:
@@ -73,7 +84,9 @@ def lbfgs(
         far = jnp.dot(slope, s.direction) >= _WOLFE * along
         s = s._replace(evaluations=s.evaluations + 1, tried=s.tried + 1)
         accepted = enough & (far | (s.tried >= _LINE_EVALUATIONS))
-        return jax.lax.cond(accepted, lambda: _accept(s, point, value, slope), lambda: _rescale(s, enough, value, along))
+        return jax.lax.cond(
+            accepted, lambda: _accept(s, point, value, slope), lambda: _rescale(s, enough, value, along)
+        )
 
     end = jax.lax.while_loop(going, turn, state)
     return Descent(end.point, end.value, residual(end.point, end.slope), end.evaluations)
@@ -104,8 +117,18 @@ def _accept(s: _State, point: Array, value: Array, slope: Array) -> _State:
     zero = jnp.zeros_like(s.step)
     step = jnp.where(pairs == 0, 0.5 / jnp.linalg.norm(slope), 1)  # relative to layers of unit norm
     return s._replace(
-        point=point, value=value, slope=slope, direction=direction, step=step, stalled=~jnp.isfinite(value + step), low=zero, high=zero + jnp.inf,
-        tried=jnp.zeros_like(s.tried), steps=steps, gradients=gradients, pairs=pairs,
+        point=point,
+        value=value,
+        slope=slope,
+        direction=direction,
+        step=step,
+        stalled=~jnp.isfinite(value + step),
+        low=zero,
+        high=zero + jnp.inf,
+        tried=jnp.zeros_like(s.tried),
+        steps=steps,
+        gradients=gradients,
+        pairs=pairs,
     )
 
 

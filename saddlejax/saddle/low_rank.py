@@ -63,6 +63,8 @@ def rank_one_excess(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[
     **Arguments:** `weights_or_net`, a network or its matrices.
     """
     return jnp.stack(
-        [jnp.square(safe_norm(v[1:]) / safe_norm(v)) if v.size > 1 else jnp.zeros_like(v[0])
-         for v in singular_values(weights_or_net)]
+        [
+            jnp.square(safe_norm(v[1:]) / safe_norm(v)) if v.size > 1 else jnp.zeros_like(v[0])
+            for v in singular_values(weights_or_net)
+        ]
     )

@@ -87,7 +87,9 @@ class EscapeDirection(eqx.Module):
     def __str__(self) -> str:
         sizes = "-".join(str(n) for n in (self.weights[0].shape[1], *(w.shape[0] for w in self.weights)))
         random = np.asarray(self.gradient_evaluations)[np.asarray(self.start_kinds) == RANDOM]
-        work = f", median {int(np.median(random))} gradient evaluations a random start" if random.size else ", closed form"
+        work = (
+            f", median {int(np.median(random))} gradient evaluations a random start" if random.size else ", closed form"
+        )
         optima = ", ".join(f"{one.speed:.9g} ({one.starts})" for one in self.optima[:4])
         more = len(self.optima) - 4
         ratios = " ".join(f"{float(v[1] / v[0]):.2g}" if v.size > 1 else "0" for v in self.singular_values)

@@ -63,7 +63,9 @@ def _from_openml(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
-        raise FileNotFoundError(f"source: no file {path}. An .npz file of MNIST holds x_train, y_train, x_test, y_test.")
+        raise FileNotFoundError(
+            f"source: no file {path}. An .npz file of MNIST holds x_train, y_train, x_test, y_test."
+        )
     with np.load(path) as arrays:
         missing = [key for key in _NPZ_KEYS[split] if key not in arrays]
         if missing:

@@ -84,7 +84,9 @@ class Task(eqx.Module):
 
     def __str__(self) -> str:
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
-        return f"Task: {self.samples} samples, {self.in_size} inputs, {self.out_size} outputs, loss {name}, {self.x.dtype}"
+        return (
+            f"Task: {self.samples} samples, {self.in_size} inputs, {self.out_size} outputs, loss {name}, {self.x.dtype}"
+        )
 
 
 def task_loss(net: AbstractNetwork, task: Task) -> Float[Array, ""]:

@@ -34,9 +34,7 @@ def linear_teacher(singular_values: Sequence[float] | Array, in_size: int) -> Ta
     return Task(x, x[:, : values.size] * values)
 
 
-def single_index(
-    link: Callable[[Array], Array], in_size: int, samples: int, *, key: PRNGKeyArray
-) -> Task:
+def single_index(link: Callable[[Array], Array], in_size: int, samples: int, *, key: PRNGKeyArray) -> Task:
     """A single-index teacher `y = link(v·x)` with Gaussian inputs and a random unit direction `v`.
 
     **Arguments:** `link`, any JAX function; `in_size` and `samples`; `key`, a JAX random key.

@@ -1,0 +1,5 @@
+"""`python -m saddlejax`."""
+
+from .cli import app
+
+app(prog_name="saddlejax")

@@ -1,0 +1,125 @@
+"""Networks, initialisation, scales, activations and losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+import saddlejax as sj
+from saddlejax.networks import preactivations, safe_norm
+
+KEY = jax.random.key(3)
+
+
+def test_weights_are_he_normal_and_outputs_are_plain_matrix_products():
+    net = sj.MLP([64, 200, 100, 10], "tanh", key=KEY)
+    assert [w.shape for w in net.weights] == [(200, 64), (100, 200), (10, 100)]
+    for w in net.weights[:2]:
+        assert float(jnp.std(w)) == pytest.approx(np.sqrt(2 / w.shape[1]), rel=0.03)
+    x = jax.random.normal(KEY, (64,))
+    expected = net.weights[2] @ jnp.tanh(net.weights[1] @ jnp.tanh(net.weights[0] @ x))
+    np.testing.assert_allclose(net(x), expected, rtol=1e-12)
+    batch = jnp.stack([x, 2 * x])
+    np.testing.assert_allclose(preactivations(net, batch)[-1][1], net(2 * x), rtol=1e-12)
+
+
+def test_a_network_of_one_layer_is_a_matrix():
+    net = sj.MLP([3, 2], "relu", key=KEY)
+    x = jnp.arange(3.0)
+    np.testing.assert_allclose(net(x), net.weights[0] @ x)
+    flow = sj.gradient_flow(net, sj.Task(jnp.eye(3), jnp.ones((3, 2))), sj.Loss(0.01))
+    assert flow.status == sj.Status.loss_reached
+
+
+def test_scale_layers_scales_the_chosen_layers_only():
+    net = sj.MLP([4, 5, 6, 2], key=KEY)
+    scaled = sj.scale_layers(net, 1e-3, layers=(0, -1))
+    ratios = [float(b[0, 0] / a[0, 0]) for a, b in zip(net.weights, scaled.weights, strict=True)]
+    np.testing.assert_allclose(ratios, [1e-3, 1, 1e-3])
+    each = sj.scale_layers(net, jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(
+        [float(b[0, 0] / a[0, 0]) for a, b in zip(net.weights, each.weights, strict=True)], [1, 2, 3]
+    )
+    batched = jax.vmap(lambda e: sj.scale_layers(net, e).weights[0])(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(batched[1], 2 * net.weights[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: sj.MLP([3], key=KEY), "sizes must hold at least two sizes"),
+        (lambda: sj.MLP([3, 0, 1], key=KEY), r"sizes\[1\] must be a whole number"),
+        (lambda: sj.MLP(3, key=KEY), "sizes must be a list"),
+        (lambda: sj.MLP([3, 2, 1], "rello", key=KEY), "activation must be one of"),
+        (lambda: sj.MLP([3, 2, 1], 5, key=KEY), "activation must be a name"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.0), "scale must be positive"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), -1.0), "scale must be positive"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=2), "layers must hold indices"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=(1, -1)), "layers must name each layer once"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), [0.1, 0.2, 0.3]), "scale must be a number or 2 numbers"),
+        (lambda: sj.MLP.from_weights([jnp.ones((2, 3)), jnp.ones((1, 3))]), "weights must fit together"),
+        (lambda: sj.MLP.from_weights([jnp.ones(3)]), r"weights\[0\] must be a matrix"),
+        (lambda: sj.MLP.from_weights([]), "weights must hold at least one matrix"),
+    ],
+)
+def test_bad_networks_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("identity", lambda z: z),
+        ("relu", lambda z: np.maximum(z, 0)),
+        ("leaky_relu", lambda z: np.where(z > 0, z, 0.01 * z)),
+        ("abs", np.abs),
+        ("tanh", np.tanh),
+        ("erf", special.erf),
+        ("sin", np.sin),
+        ("arctan", np.arctan),
+        ("gelu", lambda z: z * special.ndtr(z)),
+        ("gelu_tanh", lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
+        ("silu", lambda z: z * special.expit(z)),
+        ("mish", lambda z: z * np.tanh(np.log1p(np.exp(z)))),
+        ("elu", lambda z: np.where(z > 0, z, np.expm1(z))),
+        ("celu", lambda z: np.where(z > 0, z, 2 * np.expm1(z / 2))),
+        ("selu", lambda z: 1.0507009873554805 * np.where(z > 0, z, 1.6732632423543772 * np.expm1(z))),
+        ("softsign", lambda z: z / (1 + np.abs(z))),
+        ("softplus", lambda z: np.log1p(np.exp(z))),
+        ("sigmoid", special.expit),
+        ("squared_relu", lambda z: np.maximum(z, 0) ** 2),
+        ("hard_tanh", lambda z: np.clip(z, -1, 1)),
+        ("relu6", lambda z: np.clip(z, 0, 6)),
+        ("cos", np.cos),
+    ],
+)
+def test_activations_are_what_their_names_say(name, formula):
+    z = np.linspace(-7, 7, 29)
+    np.testing.assert_allclose(sj.ACTIVATIONS[name](jnp.asarray(z)), formula(z), rtol=1e-12, atol=1e-15)
+
+
+def test_every_name_has_been_checked_above():
+    (mark,) = test_activations_are_what_their_names_say.pytestmark
+    checked = {name for name, _ in mark.args[1]}
+    assert set(sj.ACTIVATIONS) - checked == {"linear", "swish"}
+
+
+def test_losses_agree_with_their_formulas():
+    f = jnp.array([0.3, -1.0, 2.0])
+    assert float(sj.mse(f, jnp.zeros(3))) == pytest.approx(0.5 * (0.09 + 1 + 4))
+    expected = float(jnp.log(jnp.sum(jnp.exp(f))) - 2.0)
+    assert float(sj.cross_entropy(f, jnp.asarray(2))) == pytest.approx(expected)
+    assert float(sj.cross_entropy(f, jnp.array([0.0, 0.0, 1.0]))) == pytest.approx(expected)
+    assert jnp.isfinite(sj.cross_entropy(1e4 * f, jnp.asarray(1)))
+
+
+def test_safe_norm_survives_where_squares_do_not():
+    for size in (1e-300, 1e-30, 1.0, 1e200):
+        v = size * jnp.array([3.0, 4.0])
+        assert float(safe_norm(v) / size) == pytest.approx(5.0)
+        np.testing.assert_allclose(jax.grad(safe_norm)(v), [0.6, 0.8], rtol=1e-12)
+    assert float(safe_norm(jnp.zeros(2))) == 0
+    np.testing.assert_array_equal(jax.grad(safe_norm)(jnp.zeros(2)), [0, 0])
+    assert jnp.isnan(safe_norm(jnp.array([jnp.nan, 1.0])))
