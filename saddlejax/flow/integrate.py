@@ -175,6 +175,7 @@ def _integrate(
     status: Status = Status.step_limit
     for happened, outcome in (
         (met, Status.met_at_start),
+        (until.asks_for_escape & _has_no_signal(task), Status.no_signal),
         (rate.time == 0, Status.stationary),
         (_has_underflown(field, state, rate), Status.underflow),
         (~jnp.isfinite(rate.time * rate.loss_integral), Status.non_finite),
@@ -327,6 +328,12 @@ def _no_plateau(
     fallen = _log_gradient_norm(field, state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
     below = rate.loss_integral < NO_PLATEAU_LOSS * plateau
     return fallen | below, rate.loss_integral > (1 - STILL_ON_PLATEAU) * plateau
+
+
+def _has_no_signal(task: Task) -> Bool[Array, ""]:
+    """Whether `∂c/∂f` vanishes at zero output for every sample: nothing then drives the network away from the origin."""
+    pull = jax.grad(task.mean_loss)(jnp.zeros((task.samples, task.out_size), task.x.dtype))
+    return jnp.all(pull == 0)
 
 
 def _has_underflown(field: PlateauField, state: FlowState, rate: FlowState) -> Bool[Array, ""]:

@@ -11,6 +11,7 @@ class Status(eqx.Enumeration):
     loss_reached = "loss reached"
     no_plateau = "no plateau: the gradient only ever fell, so there is nothing to escape from"
     stationary = "stationary: the gradient vanished, so the flow cannot move on"
+    no_signal = "no signal: the loss has no slope at zero output, so the origin is a minimum and not a saddle"
     met_at_start = "target already met at the start"
     step_limit = "step limit reached before the target"
     underflow = "underflow: the gradient is too small for this floating-point type"

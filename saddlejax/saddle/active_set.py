@@ -21,7 +21,7 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
     kinks = near_kinks(weights, problem, distance)
     _, cell_slopes = run(weights, problem, kinks)
     values = np.full(len(kinks), (problem.minus + problem.plus) / 2)
-    for _ in range(_TURNS):
+    for turn in range(_TURNS):  # noqa: B007
         cell = Cell(weights, problem, kinks.put(cell_slopes, values), kinks)
         if not cell.energy > 0:
             break
