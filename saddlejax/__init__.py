@@ -1,6 +1,6 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import plot as plot, saddle as saddle, tasks as tasks
+from . import manifold as manifold, plot as plot, saddle as saddle, tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .escape_scan import escape_scan as escape_scan
@@ -28,3 +28,4 @@ from .saddle import (
     signal_energy as signal_energy,
 )
 from .tasks import Task as Task
+from .universality import collapse as collapse

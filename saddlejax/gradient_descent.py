@@ -6,53 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from . import _check
 from .descent_record import Minibatches, Peak, Seen, flow_time, gradient_norm, look
+from .flow import Flow, Status
 from .gradient import gradient
 from .imbalance import sum_neurons
 from .networks import AbstractNetwork
 from .tasks.task import Task, check_fits, match_precision, task_loss
-
-
-class Descent(NamedTuple):
-    """What a run of gradient descent records, one row every `every` steps, the start included.
-
-    - `steps`: steps taken before each row.
-    - `times`, `log_times`: the flow time they stand for, `t = Σ_k η_k`, `η_k = max(0, −⟨u_k, g_k⟩ / ‖g_k‖²)`, with the
-      update `u_k` and the gradient `g_k` it was computed from. For plain SGD `η_k` is the learning rate, under any
-      schedule; for momentum `β` it tends to `η/(1 − β)` where the gradient hardly changes; for Adam it is whatever
-      length of flow the step covers. A step uphill advances the time by nothing.
-    - `losses`, `gradient_norms`: `𝓛` and `‖∇𝓛‖` on all samples.
-    - `layer_norms`: `‖W_l‖_F`; `singular_values`: a tuple of `L` arrays `(rows, min(shape))`.
-    - `imbalance`: `Δ_l`, and `imbalance_error`: `|Δ_l(t) − Δ_l(0) − Σ_k η_k dΔ_l/dt| / (‖W_{l+1}‖² + ‖W_l‖²)`, with
-      the rate on the samples of that step. For plain SGD every step adds `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` between
-      the bars: the error of discretisation alone. For other optimisers it is also their departure from the flow.
-    - `net`: the network at the end.
-    - `escaped`, `escape_step`, `escape_time`, `log_escape_time`: whether and where `‖∇𝓛‖` had its first local maximum
-      (NaN or −1 if it had none), a fall from the start not counting, nor changes below one percent. Looked for at every
-      step if all samples are used, else at every row.
-    - `finite`: whether all rows are.
-    - `stats`: `steps` and `gradient_evaluations` (on minibatches too; a line search makes more, not counted).
-    """
-
-    steps: Int[Array, " rows"]
-    times: Float[Array, " rows"]
-    log_times: Float[Array, " rows"]
-    losses: Float[Array, " rows"]
-    gradient_norms: Float[Array, " rows"]
-    layer_norms: Float[Array, "rows layers"]
-    singular_values: tuple[Float[Array, "rows _"], ...]
-    imbalance: Float[Array, "rows hidden_layers"]
-    imbalance_error: Float[Array, "rows hidden_layers"]
-    net: AbstractNetwork
-    escaped: Bool[Array, ""]
-    escape_step: Int[Array, ""]
-    escape_time: Float[Array, ""]
-    log_escape_time: Float[Array, ""]
-    finite: Bool[Array, ""]
-    stats: dict[str, int]
 
 
 def gradient_descent(
@@ -64,7 +26,7 @@ def gradient_descent(
     every: int | None = None,
     batch_size: int | None = None,
     key: PRNGKeyArray | None = None,
-) -> Descent:
+) -> Flow:
     """Train a network in discrete steps, and record what a gradient flow records.
 
     **Arguments:**
@@ -78,7 +40,20 @@ def gradient_descent(
       smaller than a batch is left out of that pass. By default all samples.
     - `key`: a JAX random key, needed for minibatches.
 
-    **Returns:** a [`saddlejax.gradient_descent.Descent`][].
+    **Returns:** a [`saddlejax.Flow`][] with a row every `every` steps, the start included.
+
+    - Its times are the flow time the steps stand for, `t = Σ_k η_k`, `η_k = max(0, −⟨u_k, g_k⟩ / ‖g_k‖²)`, with the
+      update `u_k` and the gradient `g_k` it was computed from. For plain SGD `η_k` is the learning rate, under any
+      schedule; for momentum `β` it tends to `η/(1 − β)` where the gradient hardly changes; for Adam it is whatever
+      length of flow the step covers. A step uphill advances the time by nothing.
+    - `imbalance_residual` compares with `Σ_k η_k dΔ_l/dt`. For plain SGD every step adds
+      `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` to the difference: the error of discretisation alone. For other optimisers it
+      is also their departure from the flow.
+    - The escape is the first local maximum of `‖∇𝓛‖` on all samples, a fall from the start not counting, nor changes
+      below one percent; looked for at every step if all samples are used, else at every row. Training goes on after it.
+      `status` is `escaped`, or `steps_taken` if there was none, or `non_finite`.
+    - `stats`: `steps`, `gradient_evaluations` (on minibatches too; a line search makes more, not counted), and
+      `escape_step`, −1 without an escape.
 
     **Raises:** `ValueError` for a network that does not fit the task, an optimiser that is not one, numbers out of
     range, minibatches without a key, and minibatches of a task with sample weights.
@@ -111,7 +86,7 @@ def _descend(
     steps: int,
     every: int,
     batches: Minibatches | None,
-) -> Descent:
+) -> Flow:
     optimiser = optax.with_extra_args_support(optimiser)
     dtype = net.weights[0].dtype
     rows = -(-steps // every)
@@ -165,25 +140,31 @@ def _descend(
     )
     predicted = jnp.cumsum(changes, axis=0)
     squares = jnp.square(seen.layer_norms)
-    drift = jnp.abs(seen.imbalance - seen.imbalance[0] - predicted)
+    drift = seen.imbalance - seen.imbalance[0] - predicted
     peak = end.peak
-    return Descent(
+    finite = jnp.all(jnp.isfinite(seen.loss)) & jnp.all(jnp.isfinite(seen.layer_norms))
+    status = Status.where(peak.passed, Status.escaped, Status.steps_taken)
+    escaped = peak.passed & finite
+    return Flow(
+        status=Status.where(finite, status, Status.non_finite),
+        log_escape_time=jnp.where(escaped, jnp.log(peak.time), jnp.nan),
         steps=taken,
-        times=times,
         log_times=jnp.log(times),
         losses=seen.loss,
         gradient_norms=seen.gradient_norm,
         layer_norms=seen.layer_norms,
         singular_values=seen.singular_values,
         imbalance=seen.imbalance,
-        imbalance_error=drift / (squares[:, 1:] + squares[:, :-1]),
+        imbalance_residual=drift / (squares[:, 1:] + squares[:, :-1]),
+        weights=None,
         net=end.net,
-        escaped=peak.passed,
-        escape_step=jnp.where(peak.passed, peak.step, -1),
-        escape_time=jnp.where(peak.passed, peak.time, jnp.nan),
-        log_escape_time=jnp.where(peak.passed, jnp.log(peak.time), jnp.nan),
-        finite=jnp.all(jnp.isfinite(seen.loss)) & jnp.all(jnp.isfinite(seen.layer_norms)),
-        stats={"steps": steps, "gradient_evaluations": steps + rows + 1},
+        stats={
+            "steps": jnp.asarray(steps),
+            "gradient_evaluations": jnp.asarray(steps + rows + 1),
+            "escape_step": jnp.where(escaped, peak.step, -1),
+        },
+        target=f"{steps} steps are taken",
+        method="discrete steps of an optax optimiser",
     )
 
 

@@ -1,5 +1,7 @@
 """Figures: matplotlib Axes in, Axes out."""
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
@@ -90,6 +92,31 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
     ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
     ax.set_ylabel(r"$-\mathrm{d}\log\tau/\mathrm{d}\log\varepsilon$")
     return ax
+
+
+def collapse(results: xr.Dataset, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Escape times of many activations side by side: as they are, and multiplied by their prefactors.
+
+    **Arguments:** `results` of [`saddlejax.collapse`][]; `axes`, two of them, made anew by default.
+    """
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
+    named = ((axes[0], "log_escape_time", r"\tau"), (axes[1], "log_collapsed_time", r"\alpha^{L-1}\,\tau"))
+    for ax, variable, symbol in named:
+        _quiet(ax)
+        for i, name in enumerate(results.activation.values):
+            times = results[variable].sel(activation=name) / np.log(10)
+            style = ("-", "--", ":")[i // len(COLOURS) % 3]
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            ax.plot(results.scale, times, style, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+        ax.set_xscale("log")
+        ax.set_xlim(float(results.scale.max()) * 1.6, float(results.scale.min()) / 1.6)
+        ax.set_xlabel(r"init scale $\varepsilon$")
+        ax.set_ylabel(rf"$\log_{{10}}\,{symbol}$")
+    axes[0].set_title("raw")
+    axes[1].set_title("collapsed")
+    axes[1].legend(frameon=False, fontsize="small", ncols=2)
+    return axes
 
 
 def flow(flow: Flow, ax: Axes | None = None) -> Axes:

@@ -78,9 +78,9 @@ def test_steepest_point_comes_with_a_hessian_product_a_step_and_a_threshold_with
     attempts = int(steepest.stats["steps"] + steepest.stats["rejected_steps"])
     located = int(steepest.stats["hessian_vector_products"]) - attempts - 1
     assert 0 < located <= 40
-    assert int(steepest.stats["gradient_evaluations"]) == 1 + 6 * attempts + located
+    assert int(steepest.stats["gradient_evaluations"]) == 2 + 6 * attempts + located
     assert int(half.stats["hessian_vector_products"]) == 0
-    assert int(half.stats["gradient_evaluations"]) == 1 + 6 * int(half.stats["steps"] + half.stats["rejected_steps"])
+    assert int(half.stats["gradient_evaluations"]) == 2 + 6 * int(half.stats["steps"] + half.stats["rejected_steps"])
 
 
 def test_until_loss_ends_at_that_loss_and_until_time_at_that_time():
@@ -114,7 +114,11 @@ def test_rows_are_functions_of_the_saved_weights():
         for layer, w in enumerate(weights):
             np.testing.assert_allclose(flow.singular_values[layer][row], jnp.linalg.svd(w)[1], rtol=1e-8, atol=1e-14)
         out = jax.vmap(net.with_weights(weights))(task.x)
+        slopes = jax.grad(lambda w: 0.5 * jnp.mean((jax.vmap(net.with_weights(w))(task.x) - task.y) ** 2))(weights)
+        size = jnp.sqrt(sum(jnp.sum(g**2) for g in slopes))
+        np.testing.assert_allclose(flow.gradient_norms[row], size, rtol=1e-10)
         np.testing.assert_allclose(flow.losses[row], 0.5 * jnp.mean((out - task.y) ** 2), rtol=1e-12)
+    np.testing.assert_array_equal(flow.steps, [*range(rows - 1), rows - 1])
     for end, last in zip(flow.net.weights, flow.weights, strict=True):
         np.testing.assert_array_equal(end, last[-1])
 
@@ -281,5 +285,5 @@ def test_activation_away_from_zero_warns_that_the_origin_is_no_saddle():
 def test_the_summary_tells_outcome_time_and_work():
     flow = sj.gradient_flow(network(2, "tanh", 1e-2, width=4), teacher())
     text = str(flow)
-    for words in ("escaped", "escape time", "layer norms", "imbalance error", "gradients", "Tsit5"):
+    for words in ("escaped", "escape time", "layer norms", "imbalance error", "gradient evaluations", "Tsit5"):
         assert words in text

@@ -77,10 +77,21 @@ class PlateauField(eqx.Module):
         started = state.time > 0
         return jnp.where(started, jnp.log(jnp.where(started, state.time, 1)) + self.log_time_unit, -jnp.inf)
 
+    def log_gradient_norm(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`; `−inf` where the gradient is exactly zero."""
+        norm = safe_norm(jnp.stack([safe_norm(v) for v in self._velocity(state, rate)]))
+        moving = (norm > 0) & (rate.time > 0)
+        log = jnp.log(jnp.where(moving, norm, 1)) - jnp.log(jnp.where(moving, rate.time, 1)) - self.log_time_unit
+        return jnp.where(moving, log, -jnp.inf)
+
+    def _velocity(self, state: FlowState, rate: FlowState) -> list[Array]:
+        """`dW_l/ds`."""
+        return jax.jvp(lambda c: c.weights(), (state.coordinates,), (rate.coordinates,))[1]
+
     def growth(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         """`d log‖∇𝓛‖/ds = −τ ∇𝓛ᵀH∇𝓛/‖∇𝓛‖²`, from one second derivative along the flow (forward over forward)."""
         net = self.state_net(state)
-        _, velocity = jax.jvp(lambda c: c.weights(), (state.coordinates,), (rate.coordinates,))
+        velocity = self._velocity(state, rate)
 
         def along(a: Array) -> Array:
             moved = [w + a * v for w, v in zip(net.weights, velocity, strict=True)]

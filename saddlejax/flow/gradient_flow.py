@@ -117,8 +117,10 @@ def _flow(end: Integration, target: str, method: str) -> Flow:
     return Flow(
         status=end.status,
         log_escape_time=jnp.where(end.status == Status.escaped, end.log_time, jnp.nan),
+        steps=rows.steps,
         log_times=rows.log_time,
         losses=rows.loss,
+        gradient_norms=rows.gradient_norm,
         layer_norms=rows.layer_norms,
         singular_values=rows.singular_values,
         imbalance=rows.imbalance,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..networks import AbstractNetwork, safe_norm
+from ..networks import AbstractNetwork
 from ..tasks.task import Task, zero_loss
 from .clock import FlowState, PlateauField, start
 from .crossing import crossing
@@ -107,7 +107,7 @@ def _integrate(
     assert order is not None
     assert isinstance(solver.tableau, dfx.ButcherTableau)
     plateau = zero_loss(task)
-    first_gradient = _log_gradient_norm(field, state, rate)
+    first_gradient = field.log_gradient_norm(state, rate)
 
     def attempt(s: Array, state: FlowState, rate: FlowState, size: Array) -> tuple:
         # The solvers used here keep the rate at the end of a step ("first same as last"), so that the next step
@@ -144,11 +144,11 @@ def _integrate(
         if save.times is not None:
             limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
             rows, next_row = _rows_at_times(
-                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, rtol, kind
+                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, rtol, kind, p.accepted + 1
             )
         elif save.steps:
             write = accepted & ~ended
-            rows = _write(rows, row(save, field, after, loss), next_row, write)
+            rows = _write(rows, row(save, field, after, new_rate, p.accepted + 1), next_row, write)
             next_row = next_row + write
 
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)  # noqa: E731
@@ -182,7 +182,7 @@ def _integrate(
     ):
         status = Status.where(happened, outcome, status)
     zero = jnp.zeros_like(rtol)
-    first = row(save, field, state, rate.loss_integral)
+    first = row(save, field, state, rate, jnp.asarray(0))
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
@@ -217,12 +217,14 @@ def _integrate(
     if save.times is not None:
         limit = jnp.where(ended, log_time, -jnp.inf)
         rows, count = _rows_at_times(
-            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, rtol, kind
+            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, rtol, kind, p.accepted
         )
     else:
         write = ended | (not save.steps)
-        rows = _write(rows, row(save, field, state, field.loss(state)), count, write)
+        rows = _write(rows, row(save, field, state, field(s_end, state, None), p.accepted), count, write)
         count = count + write
+    # Rows at the end of a step come for free; the others take a gradient each.
+    extra_rows = count if save.times is not None else jnp.asarray(write, int)
     stages = solver.tableau.num_stages - 1
     curvature = jnp.asarray(int(until.uses_curvature))
     return Integration(
@@ -235,7 +237,7 @@ def _integrate(
         first_imbalance=first.imbalance,
         steps=p.accepted,
         rejected_steps=p.attempts - p.accepted,
-        gradient_evaluations=1 + stages * p.attempts + curvature * evaluations,
+        gradient_evaluations=1 + stages * p.attempts + curvature * evaluations + extra_rows,
         hessian_vector_products=curvature * (1 + p.attempts + evaluations),
     )
 
@@ -279,6 +281,7 @@ def _rows_at_times(
     limit: Array,
     rtol: Array,
     kind: Literal["lax", "bounded"],
+    steps: Array,
 ) -> tuple[Row, Array]:
     """Write the rows of the times asked for, up to the logarithmic time `limit`, that lie within a step."""
     assert save.times is not None
@@ -296,7 +299,7 @@ def _rows_at_times(
         ends = jax.lax.stop_gradient(tuple(_log_time_at(params, end) for end in bracket))
         at, _ = crossing(params, bracket, ends, 0.01 * rtol * size, function=_log_time_at)
         state = interpolation.evaluate(at)
-        return _write(rows, row(save, field, state, field.loss(state)), index, jnp.asarray(True)), index + 1
+        return _write(rows, row(save, field, state, field(at, state, None), steps), index, jnp.asarray(True)), index + 1
 
     return eqxi.while_loop(
         waiting, write, (rows, next_row), max_steps=log_times.size, buffers=lambda carry: carry[0], kind=kind
@@ -312,20 +315,11 @@ def _write(rows: Row, values: Row, index: Array, wanted: Array) -> Row:
     return jax.tree.map(put, rows, values, is_leaf=lambda leaf: hasattr(leaf, "at"))
 
 
-def _log_gradient_norm(field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-    """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`."""
-    _, velocity = jax.jvp(lambda c: c.weights(), (state.coordinates,), (rate.coordinates,))
-    norm = safe_norm(jnp.stack([safe_norm(v) for v in velocity]))
-    moving = (norm > 0) & (rate.time > 0)
-    log = jnp.log(jnp.where(moving, norm, 1)) - jnp.log(jnp.where(moving, rate.time, 1)) - field.log_time_unit
-    return jnp.where(moving, log, -jnp.inf)
-
-
 def _no_plateau(
     field: PlateauField, state: FlowState, rate: FlowState, first_gradient: Array, plateau: Array
 ) -> tuple[Array, Array]:
     """Whether a gradient that never rose has fallen for good, and whether the loss is still that of the plateau."""
-    fallen = _log_gradient_norm(field, state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
+    fallen = field.log_gradient_norm(state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
     below = rate.loss_integral < NO_PLATEAU_LOSS * plateau
     return fallen | below, rate.loss_integral > (1 - STILL_ON_PLATEAU) * plateau
 
@@ -340,7 +334,7 @@ def _has_underflown(field: PlateauField, state: FlowState, rate: FlowState) -> B
     """Whether the gradient is, or must be, so small that this floating-point type cannot hold it."""
     log_units = state.coordinates.log_units
     least = jnp.log(UNDERFLOW_MARGIN * jnp.finfo(log_units.dtype).tiny)
-    log_gradient = _log_gradient_norm(field, state, rate)
+    log_gradient = field.log_gradient_norm(state, rate)
     # Where the gradient is exactly zero, the product of all layers but the smallest bounds what it would have been.
     bound = jnp.sum(log_units) - jnp.min(log_units)
     return jnp.where(jnp.isneginf(log_gradient), bound < least, log_gradient < least)

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .. import _check
 from ..networks import Weights, layer_norms
@@ -58,7 +58,9 @@ class Row(NamedTuple):
     """One row, or all of them with a leading axis."""
 
     log_time: Float[Array, "*rows"]
+    steps: Int[Array, "*rows"]
     loss: Float[Array, "*rows"]
+    gradient_norm: Float[Array, "*rows"]
     layer_norms: Float[Array, "*rows layers"]
     imbalance: Float[Array, "*rows hidden"]
     imbalance_drift: Float[Array, "*rows hidden"]
@@ -66,8 +68,8 @@ class Row(NamedTuple):
     weights: Weights | None
 
 
-def row(save: Save, field: PlateauField, state: FlowState, loss: Float[Array, ""]) -> Row:
-    """The row of a state, whose loss is known."""
+def row(save: Save, field: PlateauField, state: FlowState, rate: FlowState, steps: Int[Array, ""]) -> Row:
+    """The row of a state, whose rate is known, after so many steps."""
     net, coordinates = field.state_net(state), state.coordinates
     norms = layer_norms(net)
     spectra = tuple(
@@ -76,7 +78,9 @@ def row(save: Save, field: PlateauField, state: FlowState, loss: Float[Array, ""
     )
     return Row(
         log_time=field.log_time(state),
-        loss=loss,
+        steps=steps,
+        loss=rate.loss_integral,
+        gradient_norm=jnp.exp(field.log_gradient_norm(state, rate)),
         layer_norms=norms,
         imbalance=jnp.diff(jnp.square(norms)),
         imbalance_drift=state.imbalance_drift,
@@ -86,5 +90,10 @@ def row(save: Save, field: PlateauField, state: FlowState, loss: Float[Array, ""
 
 
 def empty_rows(like: Row, rows: int) -> Row:
-    """Room for so many rows, filled with NaN."""
-    return jax.tree.map(lambda a: jnp.full((rows, *a.shape), jnp.nan, a.dtype), like)
+    """Room for so many rows, filled with NaN (counts with −1)."""
+
+    def room(a: Array) -> Array:
+        fill = jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else -1
+        return jnp.full((rows, *a.shape), fill, a.dtype)
+
+    return jax.tree.map(room, like)

@@ -16,11 +16,12 @@ class Flow(eqx.Module):
     """What happened along a gradient flow (or along gradient descent), with its own certificate.
 
     Every field has one more leading axis under `vmap`. `rows` are the moments kept; those not used are NaN (a single
-    call outside of `jit` cuts them off).
+    call outside of `jit` cuts them off); their `steps` are −1.
 
     - `status`: how it ended, see `saddlejax.Status`.
     - `log_escape_time`: logarithm of the time `t` of the escape; NaN unless the status is `escaped`.
-    - `log_times`, `losses`: shape `(rows,)`.
+    - `steps`: steps of the integrator, or of the optimiser, taken up to each row, `(rows,)`.
+    - `log_times`, `losses`, `gradient_norms`: `log t`, `𝓛` and `‖∇𝓛‖`, `(rows,)`.
     - `layer_norms`: Frobenius norms, `(rows, L)`.
     - `singular_values`: a tuple of `L` arrays `(rows, min(n_l, n_{l−1}))`, or None where not kept.
     - `imbalance`: `Δ_l = ‖W_{l+1}‖² − ‖W_l‖²`, `(rows, L − 1)`.
@@ -34,8 +35,10 @@ class Flow(eqx.Module):
 
     status: Status
     log_escape_time: Float[Array, ""]
+    steps: Int[Array, " rows"]
     log_times: Float[Array, " rows"]
     losses: Float[Array, " rows"]
+    gradient_norms: Float[Array, " rows"]
     layer_norms: Float[Array, "rows layers"]
     singular_values: tuple[Float[Array, "rows _"], ...] | None
     imbalance: Float[Array, "rows hidden"]
@@ -78,8 +81,10 @@ def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array
 def trim(flow: Flow, rows: int) -> Flow:
     """The flow with its first so many rows."""
     series = lambda f: (  # noqa: E731
+        f.steps,
         f.log_times,
         f.losses,
+        f.gradient_norms,
         f.layer_norms,
         f.singular_values,
         f.imbalance,
@@ -115,8 +120,7 @@ def _summary(flow: Flow) -> str:
         f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}",
         f"  layer norms      {norms[0]} → {norms[1]}",
         f"  imbalance error  {float(flow.imbalance_error):.1e}",
-        f"  work             {stats['steps']} steps, {stats['rejected_steps']} rejected, "
-        f"{stats['gradient_evaluations']} gradients, {stats['hessian_vector_products']} Hessian-vector products",
+        "  work             " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stats.items()),
         f"  method           {flow.method}",
     ]
     return "\n".join(lines)
@@ -133,8 +137,7 @@ def _batch_summary(flow: Flow) -> str:
         lines.append(f"  escape times     {low} … {high}, median {middle}")
     lines += [
         f"  imbalance error  at most {float(jnp.max(flow.imbalance_error)):.1e}",
-        f"  work             {int(jnp.sum(flow.stats['gradient_evaluations']))} gradients, "
-        f"{int(jnp.sum(flow.stats['hessian_vector_products']))} Hessian-vector products",
+        f"  work             {int(jnp.sum(flow.stats['gradient_evaluations']))} gradient evaluations",
         f"  method           {flow.method}",
     ]
     return "\n".join(lines)

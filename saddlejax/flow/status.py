@@ -4,11 +4,12 @@ import equinox as eqx
 
 
 class Status(eqx.Enumeration):
-    """The outcome of a flow, one for each lane of a batch. The first three are what was asked for."""
+    """The outcome of a flow, one for each lane of a batch. The first four are what was asked for."""
 
     escaped = "escaped"
     time_reached = "time reached"
     loss_reached = "loss reached"
+    steps_taken = "all steps taken"
     no_plateau = "no plateau: the gradient only ever fell, so there is nothing to escape from"
     stationary = "stationary: the gradient vanished, so the flow cannot move on"
     no_signal = "no signal: the loss has no slope at zero output, so the origin is a minimum and not a saddle"

@@ -1,0 +1,67 @@
+"""Universality: the escape times of all activations collapse after multiplication by a prefactor."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from . import _check
+from .activation_classes import classify_activation
+from .activations import Activation, activation_name, resolve_activation
+from .flow import Escape, Save, Status, gradient_flow
+from .manifold import chain
+
+SMOOTH_NAMES = ("tanh", "erf", "sin", "arctan", "gelu", "gelu_tanh", "silu", "mish", "softsign", "elu", "celu")
+
+
+def collapse(
+    activation: Sequence[str | Activation] = SMOOTH_NAMES,
+    scale: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
+    *,
+    depth: int = 4,
+    width: int = 50,
+) -> xr.Dataset:
+    """Escape times on the symmetric submanifold, raw and multiplied by the prefactor of their activation.
+
+    Near the origin a network with gain `α = σ'(0)` is the linear one times `α^{L−1}`, so that all escape times agree
+    after multiplication by `K = |α|^{L−1}` as the init scale goes to zero (Rawal & DeWeese, arXiv:2605.01288). Measured
+    for `depth` layers of norm `ε`, constant `width`, Gaussian inputs and a linear teacher of gain one; the escape is
+    where the loss falls to half of its value at zero weights.
+
+    **Returns:** a dataset with dimensions `activation`, `scale` and variables `log_escape_time`,
+    `log_collapsed_time = log(K τ)`, `prefactor` `K`, `letter` (class) and `status`. `τ` is NaN where the flow did not
+    escape.
+
+    **Raises:** `ValueError` for an activation without one non-zero slope at zero, to which the law does not apply.
+    """
+    _check.whole_number("depth", depth, least=2)
+    _check.positive_number("scale", scale)
+    functions = [resolve_activation(one) for one in activation]
+    classes = [classify_activation(one) for one in functions]
+    for function, found in zip(functions, classes, strict=True):
+        if not found.gain or found.letter == "D":
+            raise _check.fail(
+                "activation", "be zero at zero with one non-zero slope there", activation_name(function), str(found)
+            )
+    shape = (len(functions), len(scale))
+    log_times, status = np.full(shape, np.nan), np.full(shape, "", dtype=object)
+    for a, function in enumerate(functions):
+        for e, size in enumerate(scale):
+            net, task = chain(jnp.full(depth, size), lambda g: g, function, width)
+            flow = gradient_flow(net, task, Escape(loss_fraction=0.5), save=Save(steps=False))
+            log_times[a, e], status[a, e] = float(flow.log_escape_time), Status[flow.status]
+    prefactor = np.abs([found.gain for found in classes], dtype=float) ** (depth - 1)
+    names = [activation_name(function) for function in functions]
+    return xr.Dataset(
+        {
+            "log_escape_time": (("activation", "scale"), log_times),
+            "log_collapsed_time": (("activation", "scale"), log_times + np.log(prefactor)[:, None]),
+            "prefactor": ("activation", prefactor),
+            "letter": ("activation", [found.letter or "–" for found in classes]),
+            "status": (("activation", "scale"), status.astype(str)),
+        },
+        coords={"activation": names, "scale": list(scale)},
+        attrs={"depth": depth, "width": width, "teacher": "linear, gain 1", "jax": jax.__version__},
+    )
