@@ -137,7 +137,7 @@ def figure(runs: list[dict]):
             right.semilogx(size / size[0], run["speed_ratio"], color=color, lw=1.2)
     left.axhline(1, color="#666666", ls="--", lw=1)
     left.set(xlabel="scale $\\epsilon$", ylabel=r"least $(\sigma_1/\sigma_2)\,/\,l^{1/4}$ at escape")
-    middle.set(xlabel="layer, first to last", ylabel="cosine at escape", ylim=(-0.05, 1.05), xticks=[0, 1])
+    middle.set(xlabel="layer, first to last", ylabel="cosine at escape", ylim=(-0.55, 1.05), xticks=[0, 1])
     middle.set(xticklabels=["$1$", "$L$"], title=rf"$\epsilon = {smallest:g}$")
     right.axhline(1, color="#666666", ls="--", lw=1)
     right.set(xlabel="growth of the layers (geometric mean)", ylabel="speed / best speed")
