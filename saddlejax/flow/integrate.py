@@ -144,7 +144,7 @@ def _integrate(
         if save.times is not None:
             limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
             rows, next_row = _rows_at_times(
-                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, rtol, kind, p.accepted + 1
+                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, kind, p.accepted + 1
             )
         elif save.steps:
             write = accepted & ~ended
@@ -217,7 +217,7 @@ def _integrate(
     if save.times is not None:
         limit = jnp.where(ended, log_time, -jnp.inf)
         rows, count = _rows_at_times(
-            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, rtol, kind, p.accepted
+            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, kind, p.accepted
         )
     else:
         write = ended | (not save.steps)
@@ -263,10 +263,9 @@ def _locate(
     return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)
 
 
-def _log_time_at(params: tuple, s: Array) -> Array:
-    field, interpolation, log_time = params
-    # A start at t = 0 would be −∞, where no secant can begin.
-    return jnp.maximum(field.log_time(interpolation.evaluate(s)), -1e6) - log_time
+def _time_at(params: tuple, s: Array) -> Array:
+    interpolation, time = params
+    return interpolation.evaluate(s).time - time
 
 
 def _rows_at_times(
@@ -279,7 +278,6 @@ def _rows_at_times(
     rows: Row,
     next_row: Array,
     limit: Array,
-    rtol: Array,
     kind: Literal["lax", "bounded"],
     steps: Array,
 ) -> tuple[Row, Array]:
@@ -294,10 +292,12 @@ def _rows_at_times(
 
     def write(carry: tuple[Row, Array]) -> tuple[Row, Array]:
         rows, index = carry
-        params = (field, interpolation, log_times[jnp.minimum(index, log_times.size - 1)])
+        # In units of τ(θ_0), as the state holds it: nearly linear in s from the first step on.
+        log_time = log_times[jnp.minimum(index, log_times.size - 1)]
+        params = (interpolation, jnp.exp(log_time - field.log_time_unit))
         bracket = jax.lax.stop_gradient((s, s + size))
-        ends = jax.lax.stop_gradient(tuple(_log_time_at(params, end) for end in bracket))
-        at, _ = crossing(params, bracket, ends, 0.01 * rtol * size, function=_log_time_at)
+        ends = jax.lax.stop_gradient(tuple(_time_at(params, end) for end in bracket))
+        at, _ = crossing(params, bracket, ends, 4 * jnp.finfo(s.dtype).eps * size, function=_time_at)
         state = interpolation.evaluate(at)
         return _write(rows, row(save, field, state, field(at, state, None), steps), index, jnp.asarray(True)), index + 1
 

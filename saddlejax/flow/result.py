@@ -75,7 +75,8 @@ class Flow(eqx.Module):
 def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array, "rows hidden"]:
     """`Δ(t) − Δ(0) − ∫ rate dt` relative to the squared norms of the two layers concerned."""
     squares = jnp.square(rows.layer_norms)
-    return (rows.imbalance - first - rows.imbalance_drift) / (squares[..., 1:] + squares[..., :-1])
+    size = squares[..., 1:] + squares[..., :-1]
+    return (rows.imbalance - first - rows.imbalance_drift) / jnp.where(size == 0, 1, size)
 
 
 def trim(flow: Flow, rows: int) -> Flow:
@@ -117,7 +118,7 @@ def _summary(flow: Flow) -> str:
         lines.append(f"  time             {power_of_ten(float(flow.log_times[-1]))}")
     norms = [", ".join(f"{float(x):.3g}" for x in flow.layer_norms[row]) for row in (0, -1)]
     lines += [
-        f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}",
+        f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}   (first and last row)",
         f"  layer norms      {norms[0]} → {norms[1]}",
         f"  imbalance error  {float(flow.imbalance_error):.1e}",
         "  work             " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stats.items()),

@@ -107,6 +107,10 @@ def match_precision(net: AbstractNetwork, task: Task) -> tuple[AbstractNetwork, 
 
 def check_fits(net: AbstractNetwork, task: Task) -> None:
     """Refuse a network whose inputs or outputs differ in number from the task's, or with non-finite weights."""
+    if not isinstance(net, AbstractNetwork):
+        raise _check.fail("net", "be a network such as saddlejax.MLP", type(net).__name__)
+    if not isinstance(task, Task):
+        raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
     ends = (net.sizes[0], net.sizes[-1])
     if ends != (task.in_size, task.out_size):
         raise _check.fail(
@@ -149,7 +153,9 @@ def _check_data(x: Array, y: Array, loss: SampleLoss) -> None:
             "y",
             "be a non-empty matrix (samples, out_size), or integer labels (samples,)",
             f"of shape {y.shape} and type {y.dtype}",
-            "One output a sample is y[:, None].",
+            "Labels must be integers (y.astype(int))."
+            if loss is cross_entropy
+            else "One output a sample is y[:, None].",
         )
     if len(x) != len(y):
         raise _check.fail("y", f"have one row for each of the {len(x)} samples of x", f"of shape {y.shape}")
