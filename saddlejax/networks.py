@@ -2,7 +2,7 @@
 
 import abc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self, TypeVar
 
 import equinox as eqx
@@ -171,11 +171,6 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
     for position, layer in enumerate(chosen):
         weights[layer] = weights[layer] * scales[position].astype(weights[layer].dtype)
     return net.with_weights(weights)
-
-
-def map_weights(function: Callable[[Array], Array], net: Net) -> Net:
-    """Apply a function to every weight array."""
-    return net.with_weights([function(w) for w in net.weights])
 
 
 def layer_norms(net: AbstractNetwork) -> Float[Array, " layers"]:

@@ -50,7 +50,6 @@ class Integration(NamedTuple):
     """What the loop leaves."""
 
     status: Status
-    state: FlowState
     log_time: Float[Array, ""]
     net: AbstractNetwork
     rows: Row
@@ -229,7 +228,6 @@ def _integrate(
     curvature = jnp.asarray(int(until.uses_curvature))
     return Integration(
         status=p.status,
-        state=state,
         log_time=log_time,
         net=field.state_net(state),
         rows=rows,

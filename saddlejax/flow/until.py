@@ -67,7 +67,7 @@ class Escape(AbstractUntil):
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         if self.loss_fraction is None:
             return -field.growth(state, rate)
-        return self.loss_fraction * zero_loss(field.task) - field.loss(state)
+        return self.loss_fraction * zero_loss(field.task) - rate.loss_integral
 
     def describe(self) -> str:
         if self.loss_fraction is None:
@@ -116,7 +116,7 @@ class Loss(AbstractUntil):
         return False
 
     def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        return self.value - field.loss(state)
+        return self.value - rate.loss_integral
 
     def describe(self) -> str:
         return f"loss {self.value}"
