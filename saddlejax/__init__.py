@@ -1,8 +1,10 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import manifold as manifold, plot as plot, saddle as saddle, tasks as tasks
+from . import law as law, manifold as manifold, plot as plot, saddle as saddle, tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
+from .bottleneck import bottleneck_layers as bottleneck_layers
+from .critical_exponent import critical_exponent as critical_exponent
 from .escape_scan import escape_scan as escape_scan
 from .flow import (
     Escape as Escape,
@@ -19,13 +21,21 @@ from .imbalance import (
     imbalance_matrices as imbalance_matrices,
     imbalance_rate as imbalance_rate,
 )
+from .law import escape_time as escape_time
 from .losses import cross_entropy as cross_entropy, mse as mse
 from .networks import MLP as MLP, scale_layers as scale_layers
+from .prediction import (
+    EscapePrediction as EscapePrediction,
+    bottleneck_for_steps as bottleneck_for_steps,
+    predict_escape as predict_escape,
+    scale_for_steps as scale_for_steps,
+)
 from .saddle import (
     EscapeDirection as EscapeDirection,
     escape_direction as escape_direction,
     low_rank_margin as low_rank_margin,
     signal_energy as signal_energy,
 )
+from .signal_growth import signal_growth as signal_growth
 from .tasks import Task as Task
 from .universality import collapse as collapse

@@ -13,12 +13,14 @@ from .tasks.task import Task, task_loss
 KRYLOV_SIZE = 24
 
 
-def extreme_eigenvalues(
-    product: Callable[[Float[Array, " n"]], Float[Array, " n"]], start: Float[Array, " n"], size: int
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The lowest and highest eigenvalue of a symmetric matrix, from a Krylov space of the given size.
+Product = Callable[[Float[Array, " n"]], Float[Array, " n"]]
 
-    Lanczos with full reorthogonalisation; both values lie within the spectrum, the highest from below.
+
+def ritz_values(product: Product, start: Float[Array, " n"], size: int) -> Float[Array, " size"]:
+    """Approximate eigenvalues of a symmetric matrix in increasing order, from a Krylov space of at most `size` vectors.
+
+    Lanczos with full reorthogonalisation. The ends of the spectrum are approached first and from within; an eigenvalue
+    appears once, however often it occurs. Where the space closes early the places left over are NaN, at the end.
     """
     size = min(size, start.size)
 
@@ -33,14 +35,25 @@ def extreme_eigenvalues(
         rest = jnp.where(more, rest / jnp.where(more, norm, 1), 0)
         return basis.at[k + 1].set(rest, mode="drop"), image
 
-    basis = jnp.zeros((size, start.size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
+    length = jnp.linalg.norm(start)
+    basis = jnp.zeros((size, start.size), start.dtype).at[0].set(start / jnp.where(length > 0, length, 1))
     basis, images = jax.lax.scan(step, basis, jnp.arange(size))
-    # A space that closes early is padded with zero vectors, whose eigenvalue zero must not be mistaken for one.
     projected = jnp.matmul(basis, images.T, precision="highest")
     used = jnp.any(basis != 0, axis=1)
-    projected = jnp.where(used[:, None] & used[None, :], projected, jnp.diag(jnp.where(used, 0, projected[0, 0])))
+    # The places of vectors that are missing get values above the spectrum, which are then known by their number.
+    beyond = 2 * jnp.max(jnp.sum(jnp.abs(projected), axis=1)) + 1
+    projected = jnp.where(used[:, None] & used[None, :], projected, jnp.diag(jnp.where(used, 0, beyond)))
     values = jnp.linalg.eigvalsh(0.5 * (projected + projected.T))
-    return values[0], values[-1]
+    return jnp.where(jnp.arange(size) < jnp.sum(used), values, jnp.nan)
+
+
+def extreme_eigenvalues(product: Product, start: Float[Array, " n"], size: int) -> tuple[Array, Array]:
+    """The lowest and highest eigenvalue of a symmetric matrix, from a Krylov space of the given size.
+
+    Both values lie within the spectrum.
+    """
+    values = ritz_values(product, start, size)
+    return values[0], jnp.nanmax(values)
 
 
 def sharpness(net: AbstractNetwork, task: Task) -> Float[Array, ""]:

@@ -23,6 +23,10 @@ class Tangent(NamedTuple):
     minus: float
     plus: float
 
+    def __call__(self, z: Array) -> Array:
+        """`σ_0(z)`, with the slope from below at zero."""
+        return jnp.where(z > 0, self.plus, self.minus) * z
+
     @property
     def linear(self) -> bool:
         """Whether the slopes agree, so that the network is linear to leading order."""

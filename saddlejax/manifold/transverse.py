@@ -1,0 +1,131 @@
+"""What happens to perturbations across a submanifold: it is preserved by gradient flow, but need not attract."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .. import _check
+from ..flow import Flow, Save, gradient_flow
+from ..flow.until import AbstractUntil
+from ..hessian import ritz_values
+from ..networks import MLP, AbstractNetwork, Weights, safe_norm
+from ..tasks.task import Task, check_fits, match_precision, task_loss
+from .blocks import Blocks
+from .reduction import project
+
+KRYLOV_SIZE = 48
+
+Projection = Callable[[Weights], Weights]
+
+
+def growth_rates(net: AbstractNetwork, task: Task, projection: Projection, count: int = 1) -> Float[Array, " count"]:
+    """The fastest growth rates, in `1/t`, of perturbations in the range of an orthogonal projection `Q`.
+
+    The linearised gradient flow is `dδ/dt = −Hδ` with the Hessian `H` of the loss at the network: these are the largest
+    eigenvalues of `−QHQ`, by Lanczos on Hessian-vector products in a Krylov space of 48 vectors. Positive ones grow.
+
+    **Arguments:** `net`, `task`; `projection`, a linear function of the weights, symmetric and its own square; `count`,
+    how many distinct rates to return. To compare with the pace of the flow itself, multiply by the time in question.
+
+    **Returns:** `(count,)`, the largest first; NaN where there are fewer.
+    """
+    check_fits(net, task)
+    _check.whole_number("count", count)
+    net, task = match_precision(net, task)
+    flat, unravel = ravel_pytree(net.weights)
+
+    def within(vector: Array) -> Array:
+        return ravel_pytree(projection(unravel(vector)))[0]
+
+    slope = jax.grad(lambda w: task_loss(net.with_weights(unravel(w)), task))
+    _, product = jax.linearize(slope, flat)
+    start = within(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype))
+    size = max(KRYLOV_SIZE, 2 * count)
+    # Nothing left but rounding: the projection is zero and there is nothing to perturb.
+    empty = jnp.linalg.norm(start) <= 1e3 * jnp.finfo(flat.dtype).eps * jnp.sqrt(flat.size)
+    rates = -ritz_values(lambda v: within(product(within(v))), start, size)[:count]
+    return jnp.where(empty, jnp.nan, jnp.pad(rates, (0, count - rates.size), constant_values=jnp.nan))
+
+
+def transverse_growth(net: MLP, task: Task, blocks: Blocks = 1, count: int = 1) -> Float[Array, " count"]:
+    """The fastest growth rates, in `1/t`, of perturbations that break the symmetry of a block-symmetric network.
+
+    At a network on the block-symmetric submanifold the Hessian does not couple it to its orthogonal complement; these
+    are the largest eigenvalues of minus the Hessian on the complement. Each belongs to as many perturbations as there
+    are ways to break that symmetry, and is listed once. Off the submanifold, the same of its nearest point.
+
+    **Arguments:** `net`, `task`; `blocks` as for [`saddlejax.manifold.reduce`][]; `count`. Along a flow that kept its
+    weights: `jax.vmap(lambda w: transverse_growth(net.with_weights(w), task))(flow.weights)`.
+
+    **Returns:** `(count,)`, the largest first; NaN where every neuron is a block of its own.
+    """
+    return growth_rates(project(net, blocks), task, lambda weights: _across(net, weights, blocks), count)
+
+
+def transverse_amplification(
+    net: MLP,
+    task: Task,
+    blocks: Blocks = 1,
+    until: AbstractUntil | None = None,
+    *,
+    key: PRNGKeyArray,
+    rtol: float | Array | None = None,
+) -> tuple[Float[Array, " rows"], Flow]:
+    """How much a small random perturbation across the submanifold has grown along the flow from a symmetric network.
+
+    The linearised flow itself, by differentiating the gradient flow in the direction of the perturbation: no Hessian is
+    formed, and no small number subtracted from a large one.
+
+    **Arguments:** `net`, projected on the submanifold first; `task`, `blocks`; `until` and `rtol` as for
+    [`saddlejax.gradient_flow`][]; `key` draws the perturbation.
+
+    **Returns:** `‖Qδ(t)‖/‖Qδ(0)‖` at every row of the flow, and the flow. Compare with `flow.layer_norms`: a ratio that
+    grows less than the layers means that the network comes closer to the submanifold relative to its size.
+    """
+    start = project(net, blocks)
+    leaves = zip(jax.random.split(key, start.depth), start.weights, strict=True)
+    across = _across(start, tuple(jax.random.normal(k, w.shape, w.dtype) for k, w in leaves), blocks)
+    length = safe_norm(jnp.stack([safe_norm(w) for w in across]))
+    save = Save(weights=True, singular_values=False)
+
+    def follow(amount: Array) -> tuple[Weights, Flow]:
+        moved = start.with_weights([w + amount * d for w, d in zip(start.weights, across, strict=True)])
+        flow = gradient_flow(moved, task, until, rtol=rtol, save=save)
+        assert flow.weights is not None
+        return flow.weights, flow
+
+    zero = jnp.zeros((), length.dtype)
+    _, change, flow = jax.jvp(follow, (zero,), (jnp.ones_like(zero),), has_aux=True)
+    grown = jax.vmap(lambda rows: safe_norm(jnp.stack([safe_norm(w) for w in _across(start, rows, blocks)])))(change)
+    return grown / length, flow
+
+
+def _across(net: MLP, weights: Weights, blocks: Blocks) -> Weights:
+    """The part of weights that is orthogonal to the submanifold."""
+    along = project(net.with_weights(weights), blocks).weights
+    return tuple(w - p for w, p in zip(weights, along, strict=True))
+
+
+def off_block_growth(net: AbstractNetwork, task: Task, count: int = 1) -> Float[Array, " count"]:
+    """The fastest growth rates, in `1/t`, of couplings between the blocks of a network with one block a mode.
+
+    With unit `p` of every layer, input `p` and output `p` belonging to mode `p`, a block-aligned network has diagonal
+    weights. That ansatz is not preserved: at the saddle where the modes up to `k` have been learned, off-diagonal
+    perturbations grow, since the learned blocks can carry the other modes as well (Rawal & DeWeese, arXiv:2605.01288).
+    These rates are the largest eigenvalues of minus the Hessian on the off-diagonal weights. For a linear network with
+    inputs of unit covariance and a teacher of singular values `S` the largest at that saddle is
+    `S_{k+1} S_1^{(L−2)/L}`, `k ≥ 1`, where on its own mode `k + 1` would only start as fast as its weights are large.
+
+    **Arguments:** `net`, with one unit for each mode (such as one made by [`saddlejax.manifold.reduce`][]); `task`;
+    `count`.
+
+    **Returns:** `(count,)`, the largest first.
+    """
+
+    def off_diagonal(weights: Weights) -> Weights:
+        return tuple(w - jnp.eye(*w.shape, dtype=w.dtype) * w for w in weights)
+
+    return growth_rates(net, task, off_diagonal, count)

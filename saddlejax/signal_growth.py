@@ -1,0 +1,59 @@
+"""How fast the signal energy grows along a flow, against the bound that gives the escape-time law."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import _check
+from .flow import Flow
+from .networks import AbstractNetwork, Weights
+from .saddle.energy import signal_energy
+from .tasks.task import Task, check_fits, match_precision, task_loss
+
+
+class SignalGrowth(NamedTuple):
+    """Row by row of a flow, `(rows,)` each.
+
+    - `energy`: `γ = −E⟨∇c(0, y), f(x)⟩`.
+    - `rate`: `dγ/dt = −⟨∂γ/∂θ, ∂𝓛/∂θ⟩` along the flow.
+    - `leading_rate`: `Σ_l ‖∂γ/∂W_l‖²`, what it is while the outputs are small.
+    - `constant`: `dγ/dt / γ^{2−2/r}`; NaN where `γ ≤ 0`.
+    """
+
+    energy: Float[Array, " rows"]
+    rate: Float[Array, " rows"]
+    leading_rate: Float[Array, " rows"]
+    constant: Float[Array, " rows"]
+
+
+def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
+    """The signal energy along a flow and the constant `c` of `dγ/dt ≥ c γ^{2−2/r}` at every row.
+
+    While the loss is on its first plateau such a constant exists for a network with `r` bottleneck layers, and with
+    `γ(0) ∝ ε^r` the bound gives an escape time of at most order `ε^{−(r−2)}` (Rawal & DeWeese, arXiv:2605.01288). The
+    smallest `constant` over the rows with positive energy is the constant found. At the very start a network may have
+    negative energy, which grows just as well.
+
+    **Arguments:** `flow`, with its weights (`save=saddlejax.Save(weights=True)`); its `task`; `bottleneck`, `r`.
+
+    **Raises:** `ValueError` for a flow without weights.
+    """
+    _check.whole_number("bottleneck", bottleneck)
+    if flow.weights is None:
+        raise _check.fail("flow", "have kept its weights", "one without", "Pass save=saddlejax.Save(weights=True).")
+    check_fits(flow.net, task)
+    net, task = match_precision(flow.net, task)
+
+    def at(weights: Weights) -> tuple[Array, Array, Array]:
+        here: AbstractNetwork = net.with_weights(weights)
+        energy, pulls = jax.value_and_grad(lambda w: signal_energy(here.with_weights(w), task))(here.weights)
+        slopes = jax.grad(lambda w: task_loss(here.with_weights(w), task))(here.weights)
+        rate = -sum(jnp.sum(p * g) for p, g in zip(pulls, slopes, strict=True))
+        return energy, jnp.asarray(rate), jnp.stack([jnp.sum(jnp.square(p)) for p in pulls]).sum()
+
+    energy, rate, leading = jax.lax.map(at, flow.weights)
+    power = 2 - 2 / bottleneck
+    constant = jnp.where(energy > 0, rate / jnp.where(energy > 0, energy, 1) ** power, jnp.nan)
+    return SignalGrowth(energy, rate, leading, constant)
