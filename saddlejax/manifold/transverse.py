@@ -113,11 +113,13 @@ def off_block_growth(net: AbstractNetwork, task: Task, count: int = 1) -> Float[
     """The fastest growth rates, in `1/t`, of couplings between the blocks of a network with one block a mode.
 
     With unit `p` of every layer, input `p` and output `p` belonging to mode `p`, a block-aligned network has diagonal
-    weights. That ansatz is not preserved: at the saddle where the modes up to `k` have been learned, off-diagonal
-    perturbations grow, since the learned blocks can carry the other modes as well (Rawal & DeWeese, arXiv:2605.01288).
-    These rates are the largest eigenvalues of minus the Hessian on the off-diagonal weights. For a linear network with
-    inputs of unit covariance and a teacher of singular values `S` the largest at that saddle is
-    `S_{k+1} S_1^{(L−2)/L}`, `k ≥ 1`, where on its own mode `k + 1` would only start as fast as its weights are large.
+    weights. Gradient flow need not preserve that (Rawal & DeWeese, arXiv:2605.01288): these rates, the largest
+    eigenvalues of minus the Hessian on the off-diagonal weights, tell where a learned block takes up other modes.
+
+    For a linear network with inputs of unit covariance and a teacher of singular values `S`, at the saddle where some
+    modes have been learned, the largest is that of `S_p^{(L−2)/L} (S_j − S_p)` over learned `p` and unlearned `j` and,
+    between unlearned modes, zero. Couplings decay, then, at the saddles that are visited in order, and grow where a
+    stronger mode has been left behind.
 
     **Arguments:** `net`, with one unit for each mode (such as one made by [`saddlejax.manifold.reduce`][]); `task`;
     `count`.
