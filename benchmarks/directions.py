@@ -1,6 +1,6 @@
 """What escape directions cost, and a search for a problem where a fourth layer helps.
 
-    python benchmarks/directions.py [--starts 4] [--problems 12] [--json directions.json]
+    python benchmarks/directions.py [--starts 12] [--problems 12] [--json directions.json]
 
 1. Work: gradient evaluations to a plain residual of 1e-3 on the digits (width 24), from the same random starts, for this
    library's ascent, SciPy's L-BFGS-B and optax's Adam, all on `−log s`. A start that does not get there counts as the limit.
@@ -34,7 +34,7 @@ ADAM_RATES = {"Adam 1e-2": 1e-2, "Adam 3e-2 falling to 0 in 600": optax.cosine_d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=4, help="random starts for each depth")
+    parser.add_argument("--starts", type=int, default=12, help="random starts for each depth")
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 8])
     parser.add_argument("--problems", type=int, default=12, help="random problems in the search")
     parser.add_argument("--samples", type=int, default=8000, help="most samples in the memory test")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 MEMORY = 16
-_ARMIJO, _WOLFE = 1e-4, 0.9
+_ARMIJO, _WOLFE = 1e-4, 0.99
 _LINE_EVALUATIONS = 12
 
 
