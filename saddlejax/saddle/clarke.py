@@ -31,8 +31,11 @@ class Stationarity:
 
 
 def near_kinks(weights: Matrices, problem: Problem, distance: float) -> Kinks:
-    """The kinks within a distance `|z| ≤ distance · ‖w‖ ‖h‖`, but for those of neurons that see or do nothing."""
-    h, rows = problem.x, []
+    """The kinks within a distance `|z| ≤ distance · ‖w‖ ‖h‖`, but for those of neurons that see or do nothing.
+
+    No more than there are weights, the nearest: more cannot be held, and with many samples would fill the memory.
+    """
+    h, rows, distances = problem.x, [], []
     scale = np.linalg.norm(problem.x, axis=1)
     for layer, w in enumerate(weights[:-1]):
         z = h @ w.T
@@ -42,9 +45,13 @@ def near_kinks(weights: Matrices, problem: Problem, distance: float) -> Kinks:
         close = (np.abs(z) <= distance * sizes[:, None] * lengths) & active & (sizes > 1e-9 * scale)[:, None]
         samples, neurons = np.nonzero(close)
         rows.append(np.stack([np.full_like(samples, layer), samples, neurons], axis=1))
+        distances.append(np.abs(z[samples, neurons]) / (sizes[samples] * lengths[neurons]))
         h = problem.slopes(z) * z
         h[samples, neurons] = 0
-    return Kinks(np.concatenate(rows) if rows else None)
+    if not rows:
+        return Kinks()
+    nearest = np.argsort(np.concatenate(distances), kind="stable")[: sum(w.size for w in weights)]
+    return Kinks(np.concatenate(rows)[np.sort(nearest)])
 
 
 def stationarity(weights: Matrices, problem: Problem) -> Stationarity:
