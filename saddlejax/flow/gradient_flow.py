@@ -23,8 +23,8 @@ from .until import AbstractUntil, Escape
 SMOOTH_RTOL = 1e-4
 KINKED_RTOL = 2e-4
 KINKED_MIN_STEP = 2e-3
-STIFF_RTOL = 5e-3
-KRYLOV_SHARE = 0.05
+STIFF_RTOL = 1e-2
+KRYLOV_SHARE = 0.01
 KRYLOV_SIZE = 48
 
 

@@ -1,6 +1,7 @@
 """How one step of a flow is taken: by an explicit solver, or by the exponential one for stiff flows."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import diffrax as dfx
@@ -98,6 +99,32 @@ class Explicit(AbstractMethod):
         return type(self.solver).__name__
 
 
+def relative_to_singular_values(weights: Weights) -> Callable[[Weights], Float[Array, ""]]:
+    """An error relative to the part of a layer that it perturbs; the largest over the layers.
+
+    With `W = U diag(σ) Vᵀ` it is the norm of `(UᵀEV)_{ij}/√(σ_i σ_j)`: the modes still to be learned live in the small
+    singular values, and an error small beside the layer but not beside them would change when they are.
+    """
+    layers = [_factors(w) for w in weights]
+
+    def norm(error: Weights) -> Array:
+        return jnp.max(jnp.stack([_graded(e, *factors) for e, factors in zip(error, layers, strict=True)]))
+
+    return norm
+
+
+def _factors(weights: Array) -> tuple[Array, Array, Array]:
+    left, sizes, right = jnp.linalg.svd(weights, full_matrices=False)
+    least = max(weights.shape) * jnp.finfo(weights.dtype).eps * sizes[0]
+    roots = jnp.sqrt(jnp.maximum(sizes, jnp.where(least > 0, least, 1)))
+    return left / roots, sizes[0], right / roots[:, None]
+
+
+def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
+    inside = jnp.matmul(jnp.matmul(left.T, error, precision="highest"), right.T, precision="highest")
+    return jnp.maximum(safe_norm(inside), safe_norm(error) / jnp.where(largest > 0, largest, 1))
+
+
 class Exponential(AbstractMethod):
     """The exponential Rosenbrock solver, with `τ` frozen over a step.
 
@@ -124,15 +151,11 @@ class Exponential(AbstractMethod):
             slopes = jax.grad(lambda w: task_loss(field.net.with_weights(w), field.task))(weights)
             return tuple(-tau * slope for slope in slopes)
 
-        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size)
+        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, relative_to_singular_values)
         no_work = Work(jnp.asarray(0), jnp.asarray(0))
         new, error, dense, work, _ = solver.step(
             dfx.ODETerm(velocity), jnp.zeros_like(size), size, weights, None, no_work, False
         )
-        relative = [
-            safe_norm(e) / jnp.minimum(safe_norm(old), safe_norm(w))
-            for e, old, w in zip(error, weights, new, strict=True)
-        ]
         after = FlowState(
             coordinates=to_coordinates(new),
             time=state.time + rate.time * size,
@@ -156,7 +179,7 @@ class Exponential(AbstractMethod):
         return Attempt(
             after,
             new_rate,
-            jnp.max(jnp.stack(relative)),
+            relative_to_singular_values(weights)(error),
             {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
             work.vector_fields + 1 + evaluations,
             work.products,
