@@ -138,7 +138,6 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
             return krylov_space(
                 product,
                 vector,
-                lambda z: factor * h * phi(order, h * z),
                 lambda z: factor * h * h * phi(order + 1, h * z),
                 measure,
                 jnp.asarray(self.tolerance, start.dtype),

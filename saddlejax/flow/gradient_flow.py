@@ -1,5 +1,6 @@
 """The public call: follow the gradient flow of a network on a task."""
 
+import dataclasses
 import warnings
 
 import diffrax as dfx
@@ -110,7 +111,7 @@ def gradient_flow(
                 f"{until.describe()}, and the loss starts at {float(flow.losses[0]):.6g}",
                 "Start from smaller weights (saddlejax.scale_layers) or set a target further on.",
             )
-        flow = trim(flow, int(end.row_count))
+        flow = trim(dataclasses.replace(flow, task=task), int(end.row_count))
     return flow
 
 

@@ -206,7 +206,7 @@ def _integrate(
     ended = p.status == until.reached
     last_end = jnp.where(p.accepted > 0, p.s, 1)
     interpolation = method.interpolation(p.last_s, last_end, p.last_dense)
-    s_end, evaluations = _locate(until, field, interpolation, p, ended, rtol)
+    s_end, evaluations = _locate(until, field, interpolation, p, ended, method.end_tolerance * rtol)
     inside = interpolation.evaluate(s_end)
     state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
     log_time = field.log_time(state)
@@ -249,10 +249,11 @@ def _locate(
     interpolation: dfx.AbstractLocalInterpolation,
     p: Progress,
     ended: Bool[Array, ""],
-    rtol: Float[Array, ""],
+    tolerance: Float[Array, ""],
 ) -> tuple[Array, Array]:
-    # A hundredth of what a step may be wrong by; no evaluations at all where the end was not reached.
-    tolerance = jnp.where(ended, 0.01 * rtol, jnp.inf)
+    # Where τ is long beside the time passed, the time of the end asks for more; no evaluations where there is no end.
+    passed = jnp.where(p.rate.time > 0, p.state.time / jnp.where(p.rate.time > 0, p.rate.time, 1), 1)
+    tolerance = jax.lax.stop_gradient(jnp.where(ended, tolerance * jnp.minimum(passed, 1), jnp.inf))
     bracket = jax.lax.stop_gradient((p.last_s, p.s))
     values = jax.lax.stop_gradient((p.last_condition, p.condition))
     return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)

@@ -49,10 +49,7 @@ class KrylovSpace(eqx.Module):
 
     def apply(self, function: Callable[[Array], Array]) -> Float[Array, " n"]:
         """`g(A) v` for a scalar function `g` given on arrays."""
-        return self.norm * jnp.matmul(self._coefficients(function), self.basis, precision="highest")
-
-    def _coefficients(self, function: Callable[[Array], Array]) -> Float[Array, " size"]:
-        return _projected(self.values, self.vectors, function)
+        return self.norm * jnp.matmul(_projected(self.values, self.vectors, function), self.basis, precision="highest")
 
 
 def _projected(values: Array, vectors: Array, function: Callable[[Array], Array]) -> Array:
@@ -62,17 +59,16 @@ def _projected(values: Array, vectors: Array, function: Callable[[Array], Array]
 def krylov_space(
     product: Callable[[Float[Array, " n"]], Float[Array, " n"]],
     vector: Float[Array, " n"],
-    function: Callable[[Array], Array],
     remainder: Callable[[Array], Array],
     measure: Callable[[Float[Array, " n"]], Float[Array, ""]],
     tolerance: Float[Array, ""],
     size: int,
 ) -> tuple[KrylovSpace, Float[Array, " n"], Int[Array, ""]]:
-    """A Krylov space good enough for `function(A) vector`, the error left, and the products spent.
+    """A Krylov space of `A` and `v` good enough for a function `g`, the error left, and the products spent.
 
     Lanczos with one pass of reorthogonalisation. The error after `m` vectors is estimated by its leading term
-    `‖v‖ t_{m+1,m} [r(T)]_{m,1} v_{m+1}` (Saad, SIAM J. Numer. Anal. 29, 1992), where `r` is the `remainder`
-    `(g(z) − g(0))/z` of the function, and compared with the `tolerance` in the norm `measure` after every four vectors.
+    `‖v‖ t_{m+1,m} [r(T)]_{m,1} v_{m+1}` (Saad, SIAM J. Numer. Anal. 29, 1992), where `r(z)` is the `remainder`
+    `(g(z) − g(0))/z` of the function (`v` is the `vector`), and compared with the `tolerance` in the norm `measure` after every four vectors.
     At most `size` vectors are spent; what is then left is returned as an error and not hidden.
     """
     size = CHECK_EVERY * -(-min(size, vector.size) // CHECK_EVERY)
@@ -113,5 +109,4 @@ def krylov_space(
     basis = jnp.zeros((size + 1, vector.size), vector.dtype).at[0].set(first)
     carry = advance((basis, zeros, zeros, jnp.asarray(0)))
     basis, _, _, used, values, vectors, error = jax.lax.while_loop(unfinished, advance, carry)
-    del function
     return KrylovSpace(basis[:-1], values, vectors, norm), error, used

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -48,6 +48,9 @@ class AbstractMethod(eqx.Module):
     largest_growth: eqx.AbstractClassVar[float]
     """The most by which a step may be longer than the one before."""
 
+    end_tolerance: eqx.AbstractClassVar[float]
+    """How well the end is located within its step, in units of the tolerance."""
+
     @abc.abstractmethod
     def order(self, field: PlateauField) -> int:
         """The power of the step size that the error of a step goes with."""
@@ -71,7 +74,8 @@ class Explicit(AbstractMethod):
     """An explicit Runge-Kutta solver of diffrax whose last stage is the first of the next step."""
 
     solver: dfx.AbstractERK
-    largest_growth = 1.5
+    largest_growth: ClassVar[float] = 1.5
+    end_tolerance: ClassVar[float] = 1e-2
 
     def order(self, field: PlateauField) -> int:
         order = self.solver.order(dfx.ODETerm(field))
@@ -135,7 +139,8 @@ class Exponential(AbstractMethod):
     tolerance: Float[Array, ""]
     krylov_size: int = eqx.field(static=True)
     conserves_imbalance: bool = eqx.field(static=True)
-    largest_growth = 3.0
+    largest_growth: ClassVar[float] = 3.0
+    end_tolerance: ClassVar[float] = 1e-4
 
     def order(self, field: PlateauField) -> int:
         return 4
