@@ -1,11 +1,12 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import manifold as manifold, plot as plot, saddle as saddle, tasks as tasks
+from . import manifold as manifold, plot as plot, saddle as saddle, staircase as staircase, tasks as tasks
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .escape_scan import escape_scan as escape_scan
 from .flow import (
     Escape as Escape,
+    ExponentialRosenbrock as ExponentialRosenbrock,
     Flow as Flow,
     Loss as Loss,
     Save as Save,
@@ -27,5 +28,6 @@ from .saddle import (
     low_rank_margin as low_rank_margin,
     signal_energy as signal_energy,
 )
+from .stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
 from .tasks import Task as Task
 from .universality import collapse as collapse

@@ -60,8 +60,14 @@ class Plateaus(eqx.Module):
     def __iter__(self) -> Iterator[Plateau]:
         return iter(self.plateaus)
 
+    def record(self) -> list[dict]:
+        """All numbers as plain Python, one dictionary a plateau; infinities as None."""
+        return [_record(plateau) for plateau in self]
+
     def __str__(self) -> str:
-        head = "  start        end          loss         ‖∇L‖     ranks          stable ranks             bottleneck rank"
+        head = (
+            "  start        end          loss         ‖∇L‖     ranks          stable ranks             bottleneck rank"
+        )
         lines = [f"{len(self)} plateaus, ranks at tolerance {self.rank_tolerance:g}", head]
         for p in self:
             stable = " ".join(f"{r:.2f}" for r in p.stable_ranks)
@@ -78,6 +84,13 @@ class Plateaus(eqx.Module):
                     f"{float(p.saddle.highest_eigenvalue):.3g}"
                 )
         return "\n".join(lines)
+
+
+def _record(plateau: Plateau) -> dict:
+    fields = {name: value for name, value in vars(plateau).items() if name != "saddle"}
+    if plateau.saddle is not None:
+        fields |= {f"saddle_{name}": value.item() for name, value in vars(plateau.saddle).items() if name != "net"}
+    return {name: None if value in (np.inf, -np.inf) else value for name, value in fields.items()}
 
 
 def plateaus(

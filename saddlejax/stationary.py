@@ -63,13 +63,14 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     first = safe_norm(slope(start))
 
     def unfinished(carry: tuple) -> Array:
-        _, gradient, _, iterations, _ = carry
-        # Rounding of the gradient is that of the weights, seen through the Hessian; the first gradient sets the scale.
-        size = safe_norm(gradient)
-        return (size > jnp.finfo(start.dtype).eps * first) & (iterations < max_iterations)
+        point, gradient, damping, curvature, iterations, _ = carry
+        # The rounding of the gradient is that of the weights, seen through the Hessian.
+        rounding = jnp.finfo(start.dtype).eps * jnp.where(jnp.isfinite(curvature), curvature * safe_norm(point), 0)
+        stuck = damping > jnp.square(curvature)
+        return (safe_norm(gradient) > rounding) & ~stuck & (iterations < max_iterations)
 
     def improve(carry: tuple) -> tuple:
-        point, gradient, damping, iterations, products = carry
+        point, gradient, damping, _, iterations, products = carry
         _, product = jax.linearize(slope, point)
         space, _, spent = krylov_space(
             product,
@@ -86,6 +87,7 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
             jnp.where(better, trial, point),
             jnp.where(better, there, gradient),
             damping * jnp.where(better, RELAXED, TIGHTENED),
+            jnp.max(jnp.abs(space.values)),
             iterations + 1,
             products + spent,
         )
@@ -93,8 +95,9 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     # A step is at first about as long as the weights where the curvature is small.
     size = safe_norm(start)
     damping = jnp.square(first / jnp.where(size > 0, size, 1))
-    begin = (start, slope(start), damping, jnp.asarray(0), jnp.asarray(0))
-    point, gradient, _, iterations, products = jax.lax.while_loop(unfinished, improve, begin)
+    unknown = jnp.full_like(damping, jnp.inf)
+    begin = (start, slope(start), damping, unknown, jnp.asarray(0), jnp.asarray(0))
+    point, gradient, _, _, iterations, products = jax.lax.while_loop(unfinished, improve, begin)
     _, product = jax.linearize(slope, point)
     noise = jax.random.normal(jax.random.key(0), point.shape, point.dtype)
     lowest, highest = extreme_eigenvalues(product, noise, KRYLOV_SIZE)
