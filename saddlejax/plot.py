@@ -140,8 +140,8 @@ def flow(flow: Flow, ax: Axes | None = None) -> Axes:
 def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0) -> Sequence[Axes]:
     """A flow from saddle to saddle: the loss, plateaus shaded and labelled with their rank, and singular values below.
 
-    The label is the smallest rank of a layer (see [`saddlejax.staircase.plateaus`][]). Time begins a factor of ten
-    before the first escape.
+    The label is the smallest rank of a layer (see [`saddlejax.staircase.plateaus`][]). Time begins at most a
+    factor of ten before the first escape.
 
     **Arguments:** `flow`, with its singular values; `axes`, two of them, made anew by default; `layer`, whose singular
     values to show.
@@ -154,7 +154,8 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
     shown = np.isfinite(times)
     last = times[shown][-1]
     escapes = [p.log_end / np.log(10) for p in found if np.isfinite(p.log_end)]
-    first = min(escapes[0] if escapes else last, last) - 1
+    first = max(min(escapes[0] if escapes else last, last) - 1, times[shown][0])
+    edge = last + 0.02 * (last - first)
     loss, values = _quiet(axes[0]), _quiet(axes[1])
     for i, plateau in enumerate(found):
         begin = max(plateau.log_start / np.log(10), first)
@@ -175,13 +176,13 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
     assert flow.singular_values is not None
     for i, series in enumerate(np.asarray(flow.singular_values[layer])[shown].T):
         values.plot(times[shown], series, color=COLOURS[i % len(COLOURS)], linewidth=1.2)
-    loss.set_xlim(first, last)
+    loss.set_xlim(first, edge)
     loss.set_ylim(0, 1.12 * float(flow.losses[0]))
     loss.set_ylabel(r"loss $\mathcal{L}$")
     values.set_yscale("log")
     values.set_ylabel(f"singular values of layer {layer + 1}")
     values.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
-    values.set_xlim(first, last)
+    values.set_xlim(first, edge)
     return axes
 
 

@@ -1,11 +1,13 @@
 """The saddles that a flow visits: plateaus, and the ranks of the network on them."""
 
+import itertools
 from collections.abc import Iterator
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.interpolate import CubicHermiteSpline
 
 from . import _check
 from .flow.result import Flow, power_of_ten
@@ -30,6 +32,8 @@ class Plateau(eqx.Module):
     - `stable_ranks`: `‖W_l‖_F²/‖W_l‖_op²` of every layer.
     - `bottleneck_rank`: an interval for the bottleneck rank of the network, `max_x rank Jf(x)` to `min_l rank W_l`.
     - `saddle`: the stationary point close by, where asked for.
+    - `log_end_error`: by how much another flow, at another tolerance, is later to lose half of what is lost from this
+      plateau to the next one, in `log t`; None where not asked for, NaN where that flow does not come so far.
     """
 
     log_start: float = eqx.field(static=True)
@@ -43,6 +47,7 @@ class Plateau(eqx.Module):
     stable_ranks: tuple[float, ...] = eqx.field(static=True)
     bottleneck_rank: tuple[int, int] = eqx.field(static=True)
     saddle: StationaryPoint | None
+    log_end_error: float | None = eqx.field(static=True)
 
 
 class Plateaus(eqx.Module):
@@ -77,6 +82,8 @@ class Plateaus(eqx.Module):
                 f"{p.gradient_norm:.1e}  {' '.join(map(str, p.ranks)):14s} {stable:24s} "
                 f"{low if low == high else f'{low} to {high}'}"
             )
+            if p.log_end_error is not None:
+                lines.append(f"    end moved by {p.log_end_error:+.1e} in log t at the other tolerance")
             if p.saddle is not None:
                 lines.append(
                     f"    saddle: distance {float(p.saddle.distance):.2e}, loss {float(p.saddle.loss):.6g}, ‖∇L‖ "
@@ -94,20 +101,27 @@ def _record(plateau: Plateau) -> dict:
 
 
 def plateaus(
-    flow: Flow, task: Task | None = None, *, polish: bool = False, rank_tolerance: float = RANK_TOLERANCE
+    flow: Flow,
+    task: Task | None = None,
+    *,
+    polish: bool = False,
+    check: Flow | None = None,
+    rank_tolerance: float = RANK_TOLERANCE,
 ) -> Plateaus:
     """The plateaus of a single flow, from the rows it kept.
 
     A plateau is a local minimum of `‖∇𝓛‖` along the flow; it lasts from the steepest descent before it to the steepest
     descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Of neighbouring extrema of `‖∇𝓛‖²` that differ
     by less than a factor e, the unit of the logarithm, the flatter pair is merged first, until none is left. The end
-    of a flow that is still slowing down is no plateau.
+    of a flow that is still slowing down is no plateau. Where the gradient jumps at kinks, `‖∇𝓛‖` also has minima that
+    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than `‖∇𝓛‖²` on both of them.
 
     **Arguments:**
 
     - `flow`: of [`saddlejax.gradient_flow`][], with a row a step (the default) or at many times.
     - `task`: the task of the flow; needed only where the flow comes out of `jit` or `vmap`.
     - `polish`: also search for the stationary points nearby. Needs the weights: `save=Save(weights=True)`.
+    - `check`: the same flow at another tolerance, to see how far the times can be trusted.
     - `rank_tolerance`: singular values count towards the rank of a layer where they exceed this part of the largest that
       the layer ever has along the flow. So the network at the origin has rank zero. The same holds for the Jacobian
       `Jf(x)`, of which the largest at the end of the flow sets the scale; where the weights were not kept, the lower end
@@ -141,7 +155,10 @@ def plateaus(
     if task is not None and flow.weights is not None:
         scale = _jacobians(_at(flow, known[-1]), task)[:, 0].max()
     bottoms, heights = _bottoms(slopes)
+    bottoms, heights = _left_for_good(bottoms, heights, log_times, np.asarray(flow.losses)[known], slopes)
     escapes = [_steepest(log_times, slopes, a, b) for a, b in _between(bottoms, len(known))]
+    levels = _levels(flow, [int(known[bottom]) for bottom in bottoms])
+    errors = [None if check is None else _passes(check, level) - _passes(flow, level) for level in levels]
     found = []
     for i, (bottom, height) in enumerate(zip(bottoms, heights, strict=True)):
         row = int(known[bottom])
@@ -162,6 +179,7 @@ def plateaus(
                 stable_ranks=tuple(float(np.sum((s[bottom] / s[bottom, 0]) ** 2)) for s in spectra),
                 bottleneck_rank=(min(lowest, *ranks), min(ranks)),
                 saddle=nearby_stationary_point(_at(flow, row), task) if polish and task is not None else None,
+                log_end_error=errors[i],
             )
         )
     return Plateaus(tuple(found), rank_tolerance)
@@ -186,6 +204,27 @@ def _bottoms(slopes: np.ndarray) -> tuple[list[int], list[float]]:
     return [turns[i] for i in kept], [float(min(rises[i], -rises[i - 1] if i else np.inf)) for i in kept]
 
 
+def _left_for_good(
+    bottoms: list[int], heights: list[float], log_times: np.ndarray, losses: np.ndarray, slopes: np.ndarray
+) -> tuple[list[int], list[float]]:
+    """The minima between which the loss falls faster, on the whole, than the gradient at both of them says."""
+    while len(bottoms) > 0:
+        ends = [*bottoms[1:], len(losses) - 1]
+        with np.errstate(divide="ignore"):
+            fall = np.log(losses[bottoms] - losses[ends])
+        # log(t_1 − t_0), where the times themselves may overflow.
+        length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
+        there = np.maximum(slopes[bottoms], np.append(slopes[bottoms[1:]], -np.inf))
+        gain = fall - length - there
+        worst = int(np.argmin(gain))
+        if gain[worst] > 0:
+            break
+        last = worst == len(bottoms) - 1
+        drop = worst if last or slopes[bottoms[worst]] > slopes[bottoms[worst + 1]] else worst + 1
+        bottoms, heights = ([x for i, x in enumerate(xs) if i != drop] for xs in (bottoms, heights))
+    return bottoms, heights
+
+
 def _between(bottoms: list[int], rows: int) -> list[tuple[int, int]]:
     return list(zip(bottoms, [*bottoms[1:], rows], strict=True))
 
@@ -193,6 +232,27 @@ def _between(bottoms: list[int], rows: int) -> list[tuple[int, int]]:
 def _steepest(log_times: np.ndarray, slopes: np.ndarray, first: int, last: int) -> int:
     """The row of the largest `t‖∇𝓛‖²` between two bottoms."""
     return first + int(np.argmax((log_times + slopes)[first:last]))
+
+
+def _levels(flow: Flow, rows: list[int]) -> list[float]:
+    """The losses halfway between plateaus, and between the last one and the end."""
+    losses = [float(flow.losses[row]) for row in rows] + [float(np.nanmin(flow.losses))]
+    return [0.5 * (above + below) for above, below in itertools.pairwise(losses)]
+
+
+def _passes(flow: Flow, level: float) -> float:
+    """`log t` where the loss first falls to a level, by a cubic polynomial within a step (`d𝓛/dt = −‖∇𝓛‖²`)."""
+    losses = np.asarray(flow.losses)
+    below = np.flatnonzero(losses <= level)
+    if len(below) == 0:
+        return np.nan
+    rows = [max(int(below[0]) - 1, 0), int(below[0])]
+    times, slopes = np.asarray(flow.times)[rows], -np.square(np.asarray(flow.gradient_norms)[rows])
+    if not times[1] > times[0]:
+        return float(np.log(times[1]))
+    curve = CubicHermiteSpline(times, losses[rows] - level, slopes)
+    roots = [time for time in curve.roots(extrapolate=False) if times[0] <= time <= times[1]]
+    return float(np.log(roots[0] if roots else times[1]))
 
 
 def _end(flow: Flow, log_times: np.ndarray, escape: int) -> float:

@@ -1,6 +1,6 @@
 """The record of a flow."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -74,17 +74,11 @@ class Flow(eqx.Module):
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
 
-    def plateaus(
-        self, task: Task | None = None, *, polish: bool = False, rank_tolerance: float | None = None
-    ) -> "Plateaus":
-        """The saddles visited, each with its plateau, ranks and, with `polish`, the saddle itself.
+    def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
+        """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
+        from ..staircase import plateaus
 
-        See [`saddlejax.staircase.plateaus`][] for what they are and what the arguments mean.
-        """
-        from ..staircase import RANK_TOLERANCE, plateaus
-
-        tolerance = RANK_TOLERANCE if rank_tolerance is None else rank_tolerance
-        return plateaus(self, task, polish=polish, rank_tolerance=tolerance)
+        return plateaus(self, task, **options)
 
     def __str__(self) -> str:
         if not _check.is_concrete(self.status):
