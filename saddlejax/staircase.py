@@ -158,7 +158,9 @@ def plateaus(
     bottoms, heights = _left_for_good(bottoms, heights, log_times, np.asarray(flow.losses)[known], slopes)
     escapes = [_steepest(log_times, slopes, a, b) for a, b in _between(bottoms, len(known))]
     levels = _levels(flow, [int(known[bottom]) for bottom in bottoms])
-    errors = [None if check is None else _passes(check, level) - _passes(flow, level) for level in levels]
+    errors = [
+        None if check is None else crossing_log_time(check, level) - crossing_log_time(flow, level) for level in levels
+    ]
     found = []
     for i, (bottom, height) in enumerate(zip(bottoms, heights, strict=True)):
         row = int(known[bottom])
@@ -214,7 +216,7 @@ def _left_for_good(
             fall = np.log(losses[bottoms] - losses[ends])
         # log(t_1 − t_0), where the times themselves may overflow.
         length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
-        there = np.maximum(slopes[bottoms], np.append(slopes[bottoms[1:]], -np.inf))
+        there = np.minimum(slopes[bottoms], np.append(slopes[bottoms[1:]], np.inf))
         gain = fall - length - there
         worst = int(np.argmin(gain))
         if gain[worst] > 0:
@@ -240,7 +242,7 @@ def _levels(flow: Flow, rows: list[int]) -> list[float]:
     return [0.5 * (above + below) for above, below in itertools.pairwise(losses)]
 
 
-def _passes(flow: Flow, level: float) -> float:
+def crossing_log_time(flow: Flow, level: float) -> float:
     """`log t` where the loss first falls to a level, by a cubic polynomial within a step (`d𝓛/dt = −‖∇𝓛‖²`)."""
     losses = np.asarray(flow.losses)
     below = np.flatnonzero(losses <= level)
