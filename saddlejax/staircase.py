@@ -114,7 +114,7 @@ def plateaus(
     descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Of neighbouring extrema of `‖∇𝓛‖²` that differ
     by less than a factor e, the unit of the logarithm, the flatter pair is merged first, until none is left. The end
     of a flow that is still slowing down is no plateau. Where the gradient jumps at kinks, `‖∇𝓛‖` also has minima that
-    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than `‖∇𝓛‖²` on both of them.
+    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than the geometric mean of `‖∇𝓛‖²` on both.
 
     **Arguments:**
 
@@ -209,14 +209,14 @@ def _bottoms(slopes: np.ndarray) -> tuple[list[int], list[float]]:
 def _left_for_good(
     bottoms: list[int], heights: list[float], log_times: np.ndarray, losses: np.ndarray, slopes: np.ndarray
 ) -> tuple[list[int], list[float]]:
-    """The minima between which the loss falls faster, on the whole, than the gradient at both of them says."""
+    """The minima between which the loss falls faster, on the whole, than the gradients at both say."""
     while len(bottoms) > 0:
         ends = [*bottoms[1:], len(losses) - 1]
         with np.errstate(divide="ignore"):
             fall = np.log(losses[bottoms] - losses[ends])
         # log(t_1 − t_0), where the times themselves may overflow.
         length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
-        there = np.minimum(slopes[bottoms], np.append(slopes[bottoms[1:]], np.inf))
+        there = 0.5 * (slopes[bottoms] + slopes[[*bottoms[1:], bottoms[-1]]])
         gain = fall - length - there
         worst = int(np.argmin(gain))
         if gain[worst] > 0:

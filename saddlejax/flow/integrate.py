@@ -78,13 +78,20 @@ def integrate(
 ) -> Integration:
     """Follow the gradient flow to its end.
 
-    With an explicit method, differentiable in both modes: a plain call runs a plain loop, a differentiated one a loop of bounded length.
+    Differentiable in both modes with an explicit method: a plain call runs a plain loop, a differentiated one a loop of
+    bounded length. With the exponential method it is not differentiable.
     """
     return _integrate(net, task, until, save, rtol, min_step, method, max_steps, "lax")
 
 
 @integrate.def_jvp
 def _integrate_jvp(primals: tuple, tangents: tuple, *, method: AbstractMethod, max_steps: int) -> tuple:
+    if not method.differentiable:
+        raise NotImplementedError(
+            "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape the explicit method "
+            "is as fast, and derivatives go through it."
+        )
+
     def bounded(*arguments: Any) -> Integration:
         return _integrate(*arguments, method=method, max_steps=max_steps, kind="bounded")
 
@@ -111,7 +118,9 @@ def _integrate(
         attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind)
         after, new_rate, dense = attempt.after, attempt.rate, attempt.dense
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
-        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(old_loss)
+        # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
+        size = jnp.maximum(jnp.abs(old_loss), jnp.sqrt(jnp.abs(old_loss * plateau)))
+        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * size
         weight = influence(p.state, p.rate) if until.asks_for_escape else 1
         scaled = jax.lax.stop_gradient(attempt.error * weight / rtol)
         failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
@@ -120,7 +129,7 @@ def _integrate(
 
         condition = until.condition(field, after, new_rate)
         ended = accepted & (p.condition < 0) & (condition >= 0)
-        stalled = accepted & (new_rate.time == 0)
+        stalled = accepted & ((new_rate.time == 0) | attempt.settled)
         flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
         no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
         stuck = ~accepted & (step.size < SMALLEST_STEP)

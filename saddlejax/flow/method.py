@@ -8,7 +8,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..gradient import gradient
 from ..networks import Weights, safe_norm
@@ -22,6 +22,7 @@ Kind = Literal["lax", "bounded"]
 
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
+ROUNDING, GROWING = 10, 0.01
 END_WEIGHT, INNER_WEIGHTS = 1 / 20, (49 / 180, 16 / 45, 49 / 180)
 
 
@@ -32,6 +33,7 @@ class Attempt(NamedTuple):
     - `error`: its error relative to every layer, the largest.
     - `dense`: what the interpolation needs.
     - `gradients`, `products`: gradients and Hessian-vector products spent.
+    - `settled`: whether nothing but rounding moves the weights any more.
     """
 
     after: FlowState
@@ -40,6 +42,7 @@ class Attempt(NamedTuple):
     dense: PyTree
     gradients: Int[Array, ""]
     products: Int[Array, ""]
+    settled: Bool[Array, ""]
 
 
 class AbstractMethod(eqx.Module):
@@ -47,6 +50,9 @@ class AbstractMethod(eqx.Module):
 
     largest_growth: eqx.AbstractClassVar[float]
     """The most by which a step may be longer than the one before."""
+
+    differentiable: eqx.AbstractClassVar[bool]
+    """Whether derivatives go through a step."""
 
     end_tolerance: eqx.AbstractClassVar[float]
     """How well the end is located within its step, in units of the tolerance."""
@@ -76,6 +82,7 @@ class Explicit(AbstractMethod):
     solver: dfx.AbstractERK
     largest_growth: ClassVar[float] = 1.5
     end_tolerance: ClassVar[float] = 1e-2
+    differentiable: ClassVar[bool] = True
 
     def order(self, field: PlateauField) -> int:
         order = self.solver.order(dfx.ODETerm(field))
@@ -94,7 +101,7 @@ class Explicit(AbstractMethod):
         )
         relative = jax.lax.stop_gradient(relative_error(error, after))
         stages = jnp.asarray(solver.tableau.num_stages - 1)
-        return Attempt(after, new_rate, relative, dense, stages, jnp.asarray(0))
+        return Attempt(after, new_rate, relative, dense, stages, jnp.asarray(0), jnp.asarray(False))
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
@@ -129,6 +136,13 @@ def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
     return jnp.maximum(safe_norm(inside), safe_norm(error) / jnp.where(largest > 0, largest, 1))
 
 
+def _is_rounding(velocity: Weights, response: Weights) -> Bool[Array, ""]:
+    """Whether a velocity is no more than what rounding of the weights makes of it, by its response to them."""
+    eps = jnp.finfo(velocity[0].dtype).eps
+    layers = zip(velocity, response, strict=True)
+    return jnp.all(jnp.stack([safe_norm(v) <= ROUNDING * eps * safe_norm(r) for v, r in layers]))
+
+
 class Exponential(AbstractMethod):
     """The exponential Rosenbrock solver, with `τ` frozen over a step.
 
@@ -141,6 +155,7 @@ class Exponential(AbstractMethod):
     conserves_imbalance: bool = eqx.field(static=True)
     largest_growth: ClassVar[float] = 3.0
     end_tolerance: ClassVar[float] = 1e-4
+    differentiable: ClassVar[bool] = False
 
     def order(self, field: PlateauField) -> int:
         return 4
@@ -168,6 +183,8 @@ class Exponential(AbstractMethod):
             loss_integral=state.loss_integral,
         )
         new_rate = field(s + size, after, None)
+        # Whether a direction grows on the scale of the time passed: a saddle, then, that is still to be left.
+        growing = jnp.max(dense["spaces"][0].values) * state.time > GROWING * rate.time
         # The rates in time at both ends, in units of the τ of this step.
         drifts = (
             rate.imbalance_drift,
@@ -186,8 +203,9 @@ class Exponential(AbstractMethod):
             new_rate,
             relative_to_singular_values(weights)(error),
             {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
-            work.vector_fields + 1 + evaluations,
-            work.products,
+            work.vector_fields + 2 + evaluations,
+            work.products + 1,
+            ~growing & _is_rounding(*jax.jvp(lambda w: velocity(s, w, None), (new,), (new,))),
         )
 
     def _drift(self, field: PlateauField, tau: Array, weights: Weights) -> Array:
