@@ -114,7 +114,8 @@ def plateaus(
     descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Of neighbouring extrema of `‖∇𝓛‖²` that differ
     by less than a factor e, the unit of the logarithm, the flatter pair is merged first, until none is left. The end
     of a flow that is still slowing down is no plateau. Where the gradient jumps at kinks, `‖∇𝓛‖` also has minima that
-    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than the geometric mean of `‖∇𝓛‖²` on both.
+    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than the geometric mean of
+    `‖∇𝓛‖²` on both.
 
     **Arguments:**
 
@@ -156,7 +157,8 @@ def plateaus(
         scale = _jacobians(_at(flow, known[-1]), task)[:, 0].max()
     bottoms, heights = _bottoms(slopes)
     bottoms, heights = _left_for_good(bottoms, heights, log_times, np.asarray(flow.losses)[known], slopes)
-    escapes = [_steepest(log_times, slopes, a, b) for a, b in _between(bottoms, len(known))]
+    stretches = itertools.pairwise([*bottoms, len(known)])
+    escapes = [_steepest(log_times, slopes, first, last) for first, last in stretches]
     levels = _levels(flow, [int(known[bottom]) for bottom in bottoms])
     errors = [
         None if check is None else crossing_log_time(check, level) - crossing_log_time(flow, level) for level in levels
@@ -211,11 +213,11 @@ def _left_for_good(
 ) -> tuple[list[int], list[float]]:
     """The minima between which the loss falls faster, on the whole, than the gradients at both say."""
     while len(bottoms) > 0:
-        ends = [*bottoms[1:], len(losses) - 1]
-        with np.errstate(divide="ignore"):
-            fall = np.log(losses[bottoms] - losses[ends])
-        # log(t_1 − t_0), where the times themselves may overflow.
-        length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
+        ends = [*bottoms[1:], _steepest(log_times, slopes, bottoms[-1], len(losses))]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fall = np.log(np.maximum(losses[bottoms] - losses[ends], 0))
+            # log(t_1 − t_0), where the times themselves may overflow.
+            length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
         there = 0.5 * (slopes[bottoms] + slopes[[*bottoms[1:], bottoms[-1]]])
         gain = fall - length - there
         worst = int(np.argmin(gain))
@@ -225,10 +227,6 @@ def _left_for_good(
         drop = worst if last or slopes[bottoms[worst]] > slopes[bottoms[worst + 1]] else worst + 1
         bottoms, heights = ([x for i, x in enumerate(xs) if i != drop] for xs in (bottoms, heights))
     return bottoms, heights
-
-
-def _between(bottoms: list[int], rows: int) -> list[tuple[int, int]]:
-    return list(zip(bottoms, [*bottoms[1:], rows], strict=True))
 
 
 def _steepest(log_times: np.ndarray, slopes: np.ndarray, first: int, last: int) -> int:

@@ -125,10 +125,19 @@ def relative_to_singular_values(weights: Weights) -> Callable[[Weights], Float[A
 
 
 def _factors(weights: Array) -> tuple[Array, Array, Array]:
-    left, sizes, right = jnp.linalg.svd(weights, full_matrices=False)
-    least = max(weights.shape) * jnp.finfo(weights.dtype).eps * sizes[0]
-    roots = jnp.sqrt(jnp.maximum(sizes, jnp.where(least > 0, least, 1)))
-    return left / roots, sizes[0], right / roots[:, None]
+    """`U/√σ`, the largest `σ` and `Vᵀ/√σ`, from the smaller Gram matrix: several times cheaper than singular values.
+
+    Singular values below `√eps` of the largest are taken for that.
+    """
+    if weights.shape[0] > weights.shape[1]:
+        right, largest, left = _factors(weights.T)
+        return left.T, largest, right.T
+    values, left = jnp.linalg.eigh(jnp.matmul(weights, weights.T, precision="highest"))
+    largest = values[-1]
+    least = jnp.where(largest > 0, largest * weights.shape[0] * jnp.finfo(weights.dtype).eps, 1)
+    sizes = jnp.sqrt(jnp.maximum(values, least))
+    right = jnp.matmul(left.T, weights, precision="highest") / sizes[:, None]
+    return left / jnp.sqrt(sizes), jnp.sqrt(jnp.maximum(largest, 0)), right / jnp.sqrt(sizes)[:, None]
 
 
 def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
@@ -171,7 +180,8 @@ class Exponential(AbstractMethod):
             slopes = jax.grad(lambda w: task_loss(field.net.with_weights(w), field.task))(weights)
             return tuple(-tau * slope for slope in slopes)
 
-        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, relative_to_singular_values)
+        norm = relative_to_singular_values(weights)
+        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, lambda _: norm)
         no_work = Work(jnp.asarray(0), jnp.asarray(0))
         new, error, dense, work, _ = solver.step(
             dfx.ODETerm(velocity), jnp.zeros_like(size), size, weights, None, no_work, False
@@ -201,7 +211,7 @@ class Exponential(AbstractMethod):
         return Attempt(
             after,
             new_rate,
-            relative_to_singular_values(weights)(error),
+            norm(error),
             {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
             work.vector_fields + 2 + evaluations,
             work.products + 1,
