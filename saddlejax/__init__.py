@@ -1,6 +1,13 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
-from . import law as law, manifold as manifold, plot as plot, saddle as saddle, tasks as tasks
+from . import (
+    law as law,
+    manifold as manifold,
+    plot as plot,
+    saddle as saddle,
+    staircase as staircase,
+    tasks as tasks,
+)
 from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .bottleneck import bottleneck_layers as bottleneck_layers
@@ -8,6 +15,7 @@ from .critical_exponent import critical_exponent as critical_exponent
 from .escape_scan import escape_scan as escape_scan
 from .flow import (
     Escape as Escape,
+    ExponentialRosenbrock as ExponentialRosenbrock,
     Flow as Flow,
     Loss as Loss,
     Save as Save,
@@ -37,5 +45,6 @@ from .saddle import (
     signal_energy as signal_energy,
 )
 from .signal_growth import signal_growth as signal_growth
+from .stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
 from .tasks import Task as Task
 from .universality import collapse as collapse

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from ._check import layer_indices
 from .flow import Flow
 from .saddle.figures import singular_values as singular_values
 
@@ -134,6 +135,55 @@ def flow(flow: Flow, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
     ax.set_ylabel(r"loss $\mathcal{L}$")
     return ax
+
+
+def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0) -> Sequence[Axes]:
+    """A flow from saddle to saddle: the loss, plateaus shaded and labelled with their rank, and singular values below.
+
+    The label is the smallest rank of a layer (see [`saddlejax.staircase.plateaus`][]). Time begins at most a
+    factor of ten before the first escape.
+
+    **Arguments:** `flow`, with its singular values; `axes`, two of them, made anew by default; `layer`, whose singular
+    values to show.
+    """
+    if axes is None:
+        _, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
+    (layer,) = layer_indices(layer, flow.net.depth)
+    found = flow.plateaus()
+    times = np.asarray(flow.log_times) / np.log(10)
+    shown = np.isfinite(times)
+    last = times[shown][-1]
+    escapes = [p.log_end / np.log(10) for p in found if np.isfinite(p.log_end)]
+    first = max(min(escapes[0] if escapes else last, last) - 1, times[shown][0])
+    edge = last + 0.02 * (last - first)
+    loss, values = _quiet(axes[0]), _quiet(axes[1])
+    for i, plateau in enumerate(found):
+        begin = max(plateau.log_start / np.log(10), first)
+        end = min(plateau.log_end / np.log(10), last)
+        for ax in (loss, values):
+            ax.axvspan(begin, end, color="0.55", alpha=(0.10, 0.22)[i % 2], linewidth=0, zorder=0)
+        loss.annotate(
+            f"rank {plateau.bottleneck_rank[1]}",
+            (0.5 * (begin + end), plateau.loss),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color="0.25",
+            fontsize="small",
+        )
+    loss.plot(times[shown], np.asarray(flow.losses)[shown], color=COLOURS[0], linewidth=1.6)
+    assert flow.singular_values is not None
+    for i, series in enumerate(np.asarray(flow.singular_values[layer])[shown].T):
+        values.plot(times[shown], series, color=COLOURS[i % len(COLOURS)], linewidth=1.2)
+    loss.set_xlim(first, edge)
+    loss.set_ylim(0, 1.12 * float(flow.losses[0]))
+    loss.set_ylabel(r"loss $\mathcal{L}$")
+    values.set_yscale("log")
+    values.set_ylabel(f"singular values of layer {layer + 1}")
+    values.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
+    values.set_xlim(first, edge)
+    return axes
 
 
 def _of_activation(results: xr.Dataset, activation: str | None) -> xr.Dataset:

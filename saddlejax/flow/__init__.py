@@ -1,5 +1,6 @@
 """Gradient flow in the plateau clock."""
 
+from .exponential import ExponentialRosenbrock as ExponentialRosenbrock
 from .gradient_flow import gradient_flow as gradient_flow
 from .record import Save as Save
 from .result import Flow as Flow

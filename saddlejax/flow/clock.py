@@ -111,7 +111,7 @@ def log_relative_rate(gradient_norms: list[Array], units: Float[Array, " layers"
 def start(net: AbstractNetwork, task: Task) -> tuple[PlateauField, FlowState, FlowState]:
     """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
     zero = jnp.zeros((), task.x.dtype)
-    state = FlowState(to_coordinates(net), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
+    state = FlowState(to_coordinates(net.weights), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
     rate, log_rate = PlateauField(net, task, zero).motion(state)
     stalled = jnp.isneginf(log_rate)
     field = PlateauField(net, task, jnp.where(stalled, 0, -log_rate))

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks import AbstractNetwork, Net, Weights, layer_norms
+from ..networks import Net, Weights, safe_norm
 
 
 class Coordinates(eqx.Module):
@@ -22,17 +22,17 @@ class Coordinates(eqx.Module):
         return [jnp.exp(u) * v for u, v in zip(self.log_units, self.directions, strict=True)]
 
 
-def to_coordinates(net: AbstractNetwork) -> Coordinates:
-    """The coordinates of a network.
+def to_coordinates(weights: Weights) -> Coordinates:
+    """The coordinates of given weights.
 
     A layer that is exactly zero takes the unit of the smallest other layer and the direction `V_l = 0`; it grows to
     its unit as the flow moves (see `unit_rate`).
     """
-    norms = layer_norms(net)
+    norms = jnp.stack([safe_norm(w) for w in weights])
     smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
     smallest = jnp.where(jnp.isfinite(smallest), smallest, 1)
     units = jnp.where(norms > 0, norms, smallest)
-    return Coordinates(jnp.log(units), tuple(w / unit for w, unit in zip(net.weights, units, strict=True)))
+    return Coordinates(jnp.log(units), tuple(w / unit for w, unit in zip(weights, units, strict=True)))
 
 
 def to_net(coordinates: Coordinates, like: Net) -> Net:

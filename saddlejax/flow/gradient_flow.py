@@ -1,5 +1,6 @@
 """The public call: follow the gradient flow of a network on a task."""
 
+import dataclasses
 import warnings
 
 import diffrax as dfx
@@ -10,9 +11,11 @@ import numpy as np
 from jaxtyping import Array
 
 from .. import _check
+from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
 from .integrate import Integration, integrate
+from .method import AbstractMethod, Explicit, Exponential
 from .record import Save
 from .result import Flow, imbalance_residual, trim
 from .status import Status
@@ -21,6 +24,9 @@ from .until import AbstractUntil, Escape
 SMOOTH_RTOL = 1e-4
 KINKED_RTOL = 2e-4
 KINKED_MIN_STEP = 2e-3
+STIFF_RTOL = 1e-2
+KRYLOV_SHARE = 0.01
+KRYLOV_SIZE = 48
 
 
 def gradient_flow(
@@ -32,6 +38,7 @@ def gradient_flow(
     save: Save | None = None,
     solver: dfx.AbstractERK | None = None,
     max_steps: int = 4096,
+    stiff: bool = False,
 ) -> Flow:
     """Follow the gradient flow `dθ/dt = −∇𝓛(θ)` in the plateau clock.
 
@@ -51,6 +58,12 @@ def gradient_flow(
     - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5` for smooth
       activations and `Bosh3` for kinked ones.
     - `max_steps`: the most steps to attempt.
+    - `stiff`: for flows through many saddles. On later plateaus the directions already learned bound an explicit step
+      while nothing happens; the exponential method of [`saddlejax.ExponentialRosenbrock`][] is not bound by them, and
+      its work grows like `log 1/ε` there too. By default `rtol` is then 1e-2, relative to the singular values of a layer
+      that the error perturbs, which gives crossing times to about 1e-3. Not differentiable. Where the slope of the
+      activation jumps at zero it changes nothing: at kinks the exponential method needs many times the work of the
+      explicit one.
 
     **Returns:** a [`saddlejax.Flow`][]. Its `status` tells how the flow ended; the escape time is NaN unless it escaped.
     Works under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.jvp`.
@@ -65,12 +78,16 @@ def gradient_flow(
     if not isinstance(until, AbstractUntil):
         raise _check.fail("until", "be saddlejax.Escape(), Time(t) or Loss(value)", repr(until))
     _check.whole_number("max_steps", max_steps)
-    kinked = has_kink(net)
+    kinked = net.depth > 1 and slope_jumps_at_zero(net.activation)
     if rtol is None:
-        rtol = KINKED_RTOL if kinked else SMOOTH_RTOL
+        rtol = KINKED_RTOL if kinked else STIFF_RTOL if stiff else SMOOTH_RTOL
     _check.positive_number("rtol", rtol)
     if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
         raise _check.fail("rtol", "be below one", rtol)
+    if not isinstance(stiff, bool):
+        raise _check.fail("stiff", "be True or False", repr(stiff))
+    if stiff and solver is not None:
+        raise _check.fail("solver", "be left alone where stiff=True, which brings its own", repr(solver))
     solver = solver or (dfx.Bosh3() if kinked else dfx.Tsit5())
     if not (
         isinstance(solver, dfx.AbstractERK) and isinstance(solver.tableau, dfx.ButcherTableau) and solver.tableau.fsal
@@ -83,9 +100,15 @@ def gradient_flow(
     dtype = task.x.dtype
     until, save = jax.tree.map(lambda a: a.astype(dtype), (until, save or Save()))
     min_step = jnp.asarray(KINKED_MIN_STEP if kinked else 0.0, dtype)
-    method = f"{type(solver).__name__} in the plateau clock, rtol {rtol if _check.is_concrete(rtol) else 'traced'}"
-    end = _run(net, task, until, save, jnp.asarray(rtol, dtype), min_step, solver, max_steps)
-    flow = _flow(end, until.describe(), method)
+    rtol = jnp.asarray(rtol, dtype)
+    method: AbstractMethod = Explicit(solver)
+    if stiff and not kinked:
+        conserves = net.depth == 1 or classify_activation(net.activation).letter == "A"
+        method = Exponential(KRYLOV_SHARE * rtol, KRYLOV_SIZE, conserves)
+    tolerance = f"{float(rtol):.6g}" if _check.is_concrete(rtol) and rtol.ndim == 0 else "traced"
+    words = f"{method.describe()} in the plateau clock, rtol {tolerance}"
+    end = _run(net, task, until, save, rtol, min_step, method, max_steps)
+    flow = _flow(end, until.describe(), words)
     if _check.is_concrete(flow):
         if bool(end.status == Status.met_at_start):
             raise _check.fail(
@@ -94,7 +117,7 @@ def gradient_flow(
                 f"{until.describe()}, and the loss starts at {float(flow.losses[0]):.6g}",
                 "Start from smaller weights (saddlejax.scale_layers) or set a target further on.",
             )
-        flow = trim(flow, int(end.row_count))
+        flow = trim(dataclasses.replace(flow, task=task), int(end.row_count))
     return flow
 
 
@@ -106,10 +129,10 @@ def _run(
     save: Save,
     rtol: Array,
     min_step: Array,
-    solver: dfx.AbstractERK,
+    method: AbstractMethod,
     max_steps: int,
 ) -> Integration:
-    return integrate(net, task, until, save, rtol, min_step, solver=solver, max_steps=max_steps)
+    return integrate(net, task, until, save, rtol, min_step, method=method, max_steps=max_steps)
 
 
 def _flow(end: Integration, target: str, method: str) -> Flow:
@@ -138,19 +161,8 @@ def _flow(end: Integration, target: str, method: str) -> Flow:
     )
 
 
-def has_kink(net: AbstractNetwork) -> bool:
-    """Whether the slope of the activation jumps at zero; a network of one layer has no activation."""
-    if net.depth == 1:
-        return False
-    with jax.ensure_compile_time_eval():
-        one = jnp.ones(())
-        below, above = (float(jax.jvp(net.activation, (z * one,), (one,))[1]) for z in (-1e-6, 1e-6))
-    return abs(above - below) > 1e-3 * max(abs(above), abs(below))
-
-
 def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
-    with jax.ensure_compile_time_eval():
-        at_zero = float(net.activation(jnp.zeros(())))
+    at_zero = value_at_zero(net.activation)
     if net.depth > 1 and at_zero != 0:
         warnings.warn(
             f"The activation is {at_zero:.3g} at zero, not 0: the origin is then no saddle, since the last layer has a "

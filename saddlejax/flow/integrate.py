@@ -1,6 +1,6 @@
-"""The loop: steps of a diffrax solver in the plateau clock, until the end is reached."""
+"""The loop: steps in the plateau clock, until the end is reached."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -13,9 +13,10 @@ from ..networks import AbstractNetwork
 from ..tasks.task import Task, zero_loss
 from .clock import FlowState, PlateauField, start
 from .crossing import crossing
+from .method import AbstractMethod, Kind
 from .record import Row, Save, empty_rows, row
 from .status import Status
-from .stepping import StepSize, first_step_size, influence, next_step_size, relative_error
+from .stepping import StepSize, first_step_size, influence, next_step_size
 from .until import AbstractUntil
 
 SMALLEST_STEP = 1e-9
@@ -41,6 +42,8 @@ class Progress(eqx.Module):
     rows: Row
     next_row: Int[Array, ""]
     attempts: Int[Array, ""]
+    gradients: Int[Array, ""]
+    products: Int[Array, ""]
     accepted: Int[Array, ""]
     status: Status
     running: Bool[Array, ""]
@@ -70,20 +73,27 @@ def integrate(
     rtol: Float[Array, ""],
     min_step: Float[Array, ""],
     *,
-    solver: dfx.AbstractERK,
+    method: AbstractMethod,
     max_steps: int,
 ) -> Integration:
     """Follow the gradient flow to its end.
 
-    Differentiable in both modes: a plain call runs a plain loop, a differentiated one a loop of bounded length.
+    Differentiable in both modes with an explicit method: a plain call runs a plain loop, a differentiated one a loop of
+    bounded length. With the exponential method it is not differentiable.
     """
-    return _integrate(net, task, until, save, rtol, min_step, solver, max_steps, "lax")
+    return _integrate(net, task, until, save, rtol, min_step, method, max_steps, "lax")
 
 
 @integrate.def_jvp
-def _integrate_jvp(primals: tuple, tangents: tuple, *, solver: dfx.AbstractERK, max_steps: int) -> tuple:
+def _integrate_jvp(primals: tuple, tangents: tuple, *, method: AbstractMethod, max_steps: int) -> tuple:
+    if not method.differentiable:
+        raise NotImplementedError(
+            "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape the explicit method "
+            "is as fast, and derivatives go through it."
+        )
+
     def bounded(*arguments: Any) -> Integration:
-        return _integrate(*arguments, solver=solver, max_steps=max_steps, kind="bounded")
+        return _integrate(*arguments, method=method, max_steps=max_steps, kind="bounded")
 
     return eqx.filter_jvp(bounded, primals, tangents)
 
@@ -95,38 +105,31 @@ def _integrate(
     save: Save,
     rtol: Float[Array, ""],
     min_step: Float[Array, ""],
-    solver: dfx.AbstractERK,
+    method: AbstractMethod,
     max_steps: int,
-    kind: Literal["lax", "bounded"],
+    kind: Kind,
 ) -> Integration:
-    solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda leaf: leaf is None)
     field, state, rate = start(net, task)
-    term = dfx.ODETerm(field)
-    order = solver.order(term)
-    assert order is not None
-    assert isinstance(solver.tableau, dfx.ButcherTableau)
+    order = method.order(field)
     plateau = zero_loss(task)
     first_gradient = field.log_gradient_norm(state, rate)
 
-    def attempt(s: Array, state: FlowState, rate: FlowState, size: Array) -> tuple:
-        # The solvers used here keep the rate at the end of a step ("first same as last"), so that the next step
-        # starts from it and the loss and the curvature at the end of a step come without another gradient.
-        after, error, dense, (_, new_rate), _ = solver.step(term, s, s + size, state, None, (False, rate), False)
-        return after, error, dense, new_rate
-
     def body(p: Progress) -> Progress:
-        after, error, dense, new_rate = attempt(p.s, p.state, p.rate, p.step.size)
+        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind)
+        after, new_rate, dense = attempt.after, attempt.rate, attempt.dense
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
-        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(old_loss)
+        # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
+        size = jnp.maximum(jnp.abs(old_loss), jnp.sqrt(jnp.abs(old_loss * plateau)))
+        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * size
         weight = influence(p.state, p.rate) if until.asks_for_escape else 1
-        scaled = jax.lax.stop_gradient(relative_error(error, after) * weight / rtol)
+        scaled = jax.lax.stop_gradient(attempt.error * weight / rtol)
         failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
         accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
-        step = next_step_size(p.step, scaled, accepted, failed, order, min_step)
+        step = next_step_size(p.step, scaled, accepted, failed, order, min_step, method.largest_growth)
 
         condition = until.condition(field, after, new_rate)
         ended = accepted & (p.condition < 0) & (condition >= 0)
-        stalled = accepted & (new_rate.time == 0)
+        stalled = accepted & ((new_rate.time == 0) | attempt.settled)
         flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
         no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
         stuck = ~accepted & (step.size < SMALLEST_STEP)
@@ -143,7 +146,7 @@ def _integrate(
         if save.times is not None:
             limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
             rows, next_row = _rows_at_times(
-                save, field, solver, dense, p.s, p.step.size, rows, next_row, limit, kind, p.accepted + 1
+                save, field, method, dense, p.s, p.step.size, rows, next_row, limit, kind, p.accepted + 1
             )
         elif save.steps:
             write = accepted & ~ended
@@ -164,6 +167,8 @@ def _integrate(
             rows=rows,
             next_row=next_row,
             attempts=p.attempts + 1,
+            gradients=p.gradients + attempt.gradients,
+            products=p.products + attempt.products,
             accepted=p.accepted + accepted,
             status=status,
             running=~(no_plateau | stuck | stalled | ended),
@@ -185,7 +190,7 @@ def _integrate(
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    dense = jax.eval_shape(attempt, zero, state, rate, zero)[2]
+    dense = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind).dense
     progress = Progress(
         s=zero,
         state=state,
@@ -199,6 +204,8 @@ def _integrate(
         rows=rows,
         next_row=jnp.asarray(0 if save.times is not None else 1),
         attempts=jnp.asarray(0),
+        gradients=jnp.asarray(0),
+        products=jnp.asarray(0),
         accepted=jnp.asarray(0),
         status=status,
         running=status == Status.step_limit,
@@ -207,8 +214,8 @@ def _integrate(
 
     ended = p.status == until.reached
     last_end = jnp.where(p.accepted > 0, p.s, 1)
-    interpolation = solver.interpolation_cls(t0=p.last_s, t1=last_end, **p.last_dense)
-    s_end, evaluations = _locate(until, field, interpolation, p, ended, rtol)
+    interpolation = method.interpolation(p.last_s, last_end, p.last_dense)
+    s_end, evaluations = _locate(until, field, interpolation, p, ended, method.end_tolerance * rtol)
     inside = interpolation.evaluate(s_end)
     state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
     log_time = field.log_time(state)
@@ -216,7 +223,7 @@ def _integrate(
     if save.times is not None:
         limit = jnp.where(ended, log_time, -jnp.inf)
         rows, count = _rows_at_times(
-            save, field, solver, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, kind, p.accepted
+            save, field, method, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, kind, p.accepted
         )
     else:
         write = ended | (not save.steps)
@@ -224,7 +231,6 @@ def _integrate(
         count = count + write
     # Rows at the end of a step come for free; the others take a gradient each.
     extra_rows = count if save.times is not None else jnp.asarray(write, int)
-    stages = solver.tableau.num_stages - 1
     curvature = jnp.asarray(int(until.uses_curvature))
     return Integration(
         status=p.status,
@@ -235,8 +241,8 @@ def _integrate(
         first_imbalance=first.imbalance,
         steps=p.accepted,
         rejected_steps=p.attempts - p.accepted,
-        gradient_evaluations=1 + stages * p.attempts + curvature * evaluations + extra_rows,
-        hessian_vector_products=curvature * (1 + p.attempts + evaluations),
+        gradient_evaluations=1 + p.gradients + curvature * evaluations + extra_rows,
+        hessian_vector_products=p.products + curvature * (1 + p.attempts + evaluations),
     )
 
 
@@ -252,10 +258,11 @@ def _locate(
     interpolation: dfx.AbstractLocalInterpolation,
     p: Progress,
     ended: Bool[Array, ""],
-    rtol: Float[Array, ""],
+    tolerance: Float[Array, ""],
 ) -> tuple[Array, Array]:
-    # A hundredth of what a step may be wrong by; no evaluations at all where the end was not reached.
-    tolerance = jnp.where(ended, 0.01 * rtol, jnp.inf)
+    # Where τ is long beside the time passed, the time of the end asks for more; no evaluations where there is no end.
+    passed = jnp.where(p.rate.time > 0, p.state.time / jnp.where(p.rate.time > 0, p.rate.time, 1), 1)
+    tolerance = jax.lax.stop_gradient(jnp.where(ended, tolerance * jnp.minimum(passed, 1), jnp.inf))
     bracket = jax.lax.stop_gradient((p.last_s, p.s))
     values = jax.lax.stop_gradient((p.last_condition, p.condition))
     return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)
@@ -269,20 +276,20 @@ def _time_at(params: tuple, s: Array) -> Array:
 def _rows_at_times(
     save: Save,
     field: PlateauField,
-    solver: dfx.AbstractERK,
+    method: AbstractMethod,
     dense: PyTree,
     s: Array,
     size: Array,
     rows: Row,
     next_row: Array,
     limit: Array,
-    kind: Literal["lax", "bounded"],
+    kind: Kind,
     steps: Array,
 ) -> tuple[Row, Array]:
     """Write the rows of the times asked for, up to the logarithmic time `limit`, that lie within a step."""
     assert save.times is not None
     log_times = jnp.log(save.times).astype(s.dtype)
-    interpolation = solver.interpolation_cls(t0=s, t1=s + size, **dense)
+    interpolation = method.interpolation(s, s + size, dense)
 
     def waiting(carry: tuple[Row, Array]) -> Array:
         index = carry[1]

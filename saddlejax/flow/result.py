@@ -1,5 +1,7 @@
 """The record of a flow."""
 
+from typing import TYPE_CHECKING, Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from .. import _check
 from ..networks import AbstractNetwork, Weights
+from ..tasks.task import Task
 from .record import Row
 from .status import Status
+
+if TYPE_CHECKING:
+    from ..staircase import Plateaus
 
 
 class Flow(eqx.Module):
@@ -31,6 +37,7 @@ class Flow(eqx.Module):
     - `net`: the network at the end.
     - `stats`: `steps` accepted, `rejected_steps`, `gradient_evaluations`, `hessian_vector_products`.
     - `target`, `method`: what was asked for and how it was computed, in words.
+    - `task`: the task, where the flow was computed outside of `jit` and `vmap`.
     """
 
     status: Status
@@ -48,6 +55,7 @@ class Flow(eqx.Module):
     stats: dict[str, Int[Array, ""]]
     target: str = eqx.field(static=True)
     method: str = eqx.field(static=True)
+    task: Task | None = None
 
     @property
     def escape_time(self) -> Float[Array, ""]:
@@ -65,6 +73,12 @@ class Flow(eqx.Module):
         residual = jnp.abs(self.imbalance_residual)
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
+
+    def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
+        """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
+        from ..staircase import plateaus
+
+        return plateaus(self, task, **options)
 
     def __str__(self) -> str:
         if not _check.is_concrete(self.status):

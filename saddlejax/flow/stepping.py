@@ -8,7 +8,6 @@ from ..networks import safe_norm
 from .clock import FlowState
 
 SAFETY = 0.9
-LARGEST_GROWTH = 1.5
 LEAST_INFLUENCE = 0.05
 LARGEST_CUT = 0.2
 CUT_AFTER_FAILURE = 0.25
@@ -60,6 +59,7 @@ def next_step_size(
     failed: Bool[Array, ""],
     order: int,
     min_step: Float[Array, ""],
+    largest_growth: float,
 ) -> StepSize:
     """The next size from the error in units of the tolerance.
 
@@ -74,7 +74,7 @@ def next_step_size(
     growing = jnp.clip(
         jnp.where(known, jnp.minimum(plain, predicted), plain),
         LARGEST_CUT,
-        jnp.where(step.just_rejected, 1, LARGEST_GROWTH),
+        jnp.where(step.just_rejected, 1, largest_growth),
     )
     shrinking = jnp.where(failed, CUT_AFTER_FAILURE, jnp.clip(plain, LARGEST_CUT, SAFETY))
     proposed = step.size * jnp.where(accepted, growing, shrinking)

@@ -1,0 +1,257 @@
+"""How one step of a flow is taken: by an explicit solver, or by the exponential one for stiff flows."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..gradient import gradient
+from ..networks import Weights, safe_norm
+from ..tasks.task import task_loss
+from .clock import FlowState, PlateauField
+from .coordinates import to_coordinates
+from .exponential import ExponentialInterpolation, ExponentialRosenbrock, Work
+from .stepping import relative_error
+
+Kind = Literal["lax", "bounded"]
+
+# Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
+INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
+ROUNDING, GROWING = 10, 0.01
+END_WEIGHT, INNER_WEIGHTS = 1 / 20, (49 / 180, 16 / 45, 49 / 180)
+
+
+class Attempt(NamedTuple):
+    """A step that may yet be rejected.
+
+    - `after`, `rate`: the state it leads to and the rate there.
+    - `error`: its error relative to every layer, the largest.
+    - `dense`: what the interpolation needs.
+    - `gradients`, `products`: gradients and Hessian-vector products spent.
+    - `settled`: whether nothing but rounding moves the weights any more.
+    """
+
+    after: FlowState
+    rate: FlowState
+    error: Float[Array, ""]
+    dense: PyTree
+    gradients: Int[Array, ""]
+    products: Int[Array, ""]
+    settled: Bool[Array, ""]
+
+
+class AbstractMethod(eqx.Module):
+    """A way to take a step of size `size` in the plateau clock `s`."""
+
+    largest_growth: eqx.AbstractClassVar[float]
+    """The most by which a step may be longer than the one before."""
+
+    differentiable: eqx.AbstractClassVar[bool]
+    """Whether derivatives go through a step."""
+
+    end_tolerance: eqx.AbstractClassVar[float]
+    """How well the end is located within its step, in units of the tolerance."""
+
+    @abc.abstractmethod
+    def order(self, field: PlateauField) -> int:
+        """The power of the step size that the error of a step goes with."""
+
+    @abc.abstractmethod
+    def attempt(
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+    ) -> Attempt:
+        """A step from a state whose rate is known."""
+
+    @abc.abstractmethod
+    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+        """The states within a step, a function of `s`."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The method in words."""
+
+
+class Explicit(AbstractMethod):
+    """An explicit Runge-Kutta solver of diffrax whose last stage is the first of the next step."""
+
+    solver: dfx.AbstractERK
+    largest_growth: ClassVar[float] = 1.5
+    end_tolerance: ClassVar[float] = 1e-2
+    differentiable: ClassVar[bool] = True
+
+    def order(self, field: PlateauField) -> int:
+        order = self.solver.order(dfx.ODETerm(field))
+        assert order is not None
+        return order
+
+    def attempt(
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+    ) -> Attempt:
+        solver = eqx.tree_at(lambda s: s.scan_kind, self.solver, kind, is_leaf=lambda leaf: leaf is None)
+        assert isinstance(solver.tableau, dfx.ButcherTableau)
+        # The rate at the end of a step is kept, so that the next one starts from it and the loss and the curvature at
+        # the end of a step come without another gradient.
+        after, error, dense, (_, new_rate), _ = solver.step(
+            dfx.ODETerm(field), s, s + size, state, None, (False, rate), False
+        )
+        relative = jax.lax.stop_gradient(relative_error(error, after))
+        stages = jnp.asarray(solver.tableau.num_stages - 1)
+        return Attempt(after, new_rate, relative, dense, stages, jnp.asarray(0), jnp.asarray(False))
+
+    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+        return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
+
+    def describe(self) -> str:
+        return type(self.solver).__name__
+
+
+def relative_to_singular_values(weights: Weights) -> Callable[[Weights], Float[Array, ""]]:
+    """An error relative to the part of a layer that it perturbs; the largest over the layers.
+
+    With `W = U diag(σ) Vᵀ` it is the norm of `(UᵀEV)_{ij}/√(σ_i σ_j)`: the modes still to be learned live in the small
+    singular values, and an error small beside the layer but not beside them would change when they are.
+    """
+    layers = [_factors(w) for w in weights]
+
+    def norm(error: Weights) -> Array:
+        return jnp.max(jnp.stack([_graded(e, *factors) for e, factors in zip(error, layers, strict=True)]))
+
+    return norm
+
+
+def _factors(weights: Array) -> tuple[Array, Array, Array]:
+    """`U/√σ`, the largest `σ` and `Vᵀ/√σ`, from the smaller Gram matrix: several times cheaper than singular values.
+
+    Singular values below `√eps` of the largest are taken for that.
+    """
+    if weights.shape[0] > weights.shape[1]:
+        right, largest, left = _factors(weights.T)
+        return left.T, largest, right.T
+    values, left = jnp.linalg.eigh(jnp.matmul(weights, weights.T, precision="highest"))
+    largest = values[-1]
+    least = jnp.where(largest > 0, largest * weights.shape[0] * jnp.finfo(weights.dtype).eps, 1)
+    sizes = jnp.sqrt(jnp.maximum(values, least))
+    right = jnp.matmul(left.T, weights, precision="highest") / sizes[:, None]
+    return left / jnp.sqrt(sizes), jnp.sqrt(jnp.maximum(largest, 0)), right / jnp.sqrt(sizes)[:, None]
+
+
+def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
+    inside = jnp.matmul(jnp.matmul(left.T, error, precision="highest"), right.T, precision="highest")
+    return jnp.maximum(safe_norm(inside), safe_norm(error) / jnp.where(largest > 0, largest, 1))
+
+
+def _is_rounding(velocity: Weights, response: Weights) -> Bool[Array, ""]:
+    """Whether a velocity is no more than what rounding of the weights makes of it, by its response to them."""
+    eps = jnp.finfo(velocity[0].dtype).eps
+    layers = zip(velocity, response, strict=True)
+    return jnp.all(jnp.stack([safe_norm(v) <= ROUNDING * eps * safe_norm(r) for v, r in layers]))
+
+
+class Exponential(AbstractMethod):
+    """The exponential Rosenbrock solver, with `τ` frozen over a step.
+
+    With `τ` at its value at the start, a step in `s` is one in `t`, and the Jacobian is `−τ` times the Hessian, which is
+    symmetric; with a `τ` that moves along it would not be.
+    """
+
+    tolerance: Float[Array, ""]
+    krylov_size: int = eqx.field(static=True)
+    conserves_imbalance: bool = eqx.field(static=True)
+    largest_growth: ClassVar[float] = 3.0
+    end_tolerance: ClassVar[float] = 1e-4
+    differentiable: ClassVar[bool] = False
+
+    def order(self, field: PlateauField) -> int:
+        return 4
+
+    def attempt(
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+    ) -> Attempt:
+        del kind
+        tau = rate.time * jnp.exp(field.log_time_unit)
+        weights = field.state_net(state).weights
+
+        def velocity(s: Array, weights: Weights, args: None) -> Weights:
+            slopes = jax.grad(lambda w: task_loss(field.net.with_weights(w), field.task))(weights)
+            return tuple(-tau * slope for slope in slopes)
+
+        norm = relative_to_singular_values(weights)
+        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, lambda _: norm)
+        no_work = Work(jnp.asarray(0), jnp.asarray(0))
+        new, error, dense, work, _ = solver.step(
+            dfx.ODETerm(velocity), jnp.zeros_like(size), size, weights, None, no_work, False
+        )
+        after = FlowState(
+            coordinates=to_coordinates(new),
+            time=state.time + rate.time * size,
+            imbalance_drift=state.imbalance_drift,
+            loss_integral=state.loss_integral,
+        )
+        new_rate = field(s + size, after, None)
+        # Whether a direction grows on the scale of the time passed: a saddle, then, that is still to be left.
+        growing = jnp.max(dense["spaces"][0].values) * state.time > GROWING * rate.time
+        # The rates in time at both ends, in units of the τ of this step.
+        drifts = (
+            rate.imbalance_drift,
+            new_rate.imbalance_drift * (rate.time / jnp.where(new_rate.time > 0, new_rate.time, 1)),
+        )
+        evaluations = 0
+        if not self.conserves_imbalance:
+            inner = ExponentialInterpolation(jnp.zeros_like(size), size, **dense)
+            rates = [self._drift(field, tau, inner.evaluate(x * size)) for x in INNER_NODES]
+            evaluations = len(rates)
+            gained = END_WEIGHT * (drifts[0] + drifts[1])
+            gained = gained + sum(w * r for w, r in zip(INNER_WEIGHTS, rates, strict=True))
+            after = eqx.tree_at(lambda a: a.imbalance_drift, after, state.imbalance_drift + size * gained)
+        return Attempt(
+            after,
+            new_rate,
+            norm(error),
+            {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
+            work.vector_fields + 2 + evaluations,
+            work.products + 1,
+            ~growing & _is_rounding(*jax.jvp(lambda w: velocity(s, w, None), (new,), (new,))),
+        )
+
+    def _drift(self, field: PlateauField, tau: Array, weights: Weights) -> Array:
+        rates = gradient(field.net.with_weights(weights), field.task).neuron_rates
+        return tau * jnp.stack([jnp.sum(rate) for rate in rates])
+
+    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+        return StepInterpolation(t0=s0, t1=s1, **dense)
+
+    def describe(self) -> str:
+        return f"exponential Rosenbrock with up to {self.krylov_size} Lanczos vectors"
+
+
+class StepInterpolation(dfx.AbstractLocalInterpolation):
+    """The states within a step of the exponential solver; the drift of the imbalance as a cubic polynomial."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    step: dict[str, Any]
+    state: FlowState
+    rate: Float[Array, ""]
+    drifts: tuple[Array, Array, Array]
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> FlowState:
+        del left
+        if t1 is not None:
+            return jax.tree.map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
+        size, passed = self.t1 - self.t0, t0 - self.t0
+        weights = ExponentialInterpolation(jnp.zeros_like(size), size, **self.step).evaluate(passed)
+        first, last, end = self.drifts
+        x = passed / size
+        gained = end - self.state.imbalance_drift
+        drift = x**2 * (3 - 2 * x) * gained + size * x * (1 - x) * ((1 - x) * first - x * last)
+        return FlowState(
+            coordinates=to_coordinates(weights),
+            time=self.state.time + self.rate * passed,
+            imbalance_drift=self.state.imbalance_drift + drift,
+            loss_integral=self.state.loss_integral,
+        )

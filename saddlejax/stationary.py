@@ -1,0 +1,114 @@
+"""From a point near a saddle to the saddle itself."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+from . import _check
+from .flow.krylov import krylov_space
+from .hessian import extreme_eigenvalues
+from .networks import AbstractNetwork, safe_norm
+from .tasks.task import Task, check_fits, match_precision, task_loss
+
+KRYLOV_SIZE = 48
+RELAXED, TIGHTENED = 0.1, 10.0
+SOLVED = 0.01
+
+
+class StationaryPoint(eqx.Module):
+    """A point near which `∇𝓛` vanishes.
+
+    - `net`: the network there.
+    - `loss`, `gradient_norm`: `𝓛` and what is left of `‖∇𝓛‖`.
+    - `distance`: how far it is from where the search began, `‖θ − θ_0‖`.
+    - `lowest_eigenvalue`, `highest_eigenvalue`: of the Hessian, from a Krylov space of 48 vectors, so that the true ones
+      lie further out if anywhere. A strict saddle has a negative one.
+    - `iterations`, `hessian_vector_products`: work spent.
+    """
+
+    net: AbstractNetwork
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    distance: Float[Array, ""]
+    lowest_eigenvalue: Float[Array, ""]
+    highest_eigenvalue: Float[Array, ""]
+    iterations: Int[Array, ""]
+    hessian_vector_products: Int[Array, ""]
+
+
+def nearby_stationary_point(net: AbstractNetwork, task: Task, *, max_iterations: int = 60) -> StationaryPoint:
+    """The zero of `∇𝓛` near a network, whatever the signs of the curvature there.
+
+    Levenberg-Marquardt steps `−(H² + μ)^{−1} H ∇𝓛` in Krylov spaces of the Hessian `H` make `‖∇𝓛‖` smaller, never the
+    loss, so that saddles attract as minima do. Where the Hessian is singular, as at every saddle of a network deeper
+    than two, convergence is linear. It ends after `max_iterations`, or where `‖∇𝓛‖` is down to rounding; how far it came
+    is in the result.
+
+    **Arguments:** `net`, `task`; `max_iterations`, of at most 48 Hessian-vector products each.
+
+    **Raises:** `ValueError` where the network does not fit the task.
+    """
+    check_fits(net, task)
+    _check.whole_number("max_iterations", max_iterations)
+    net, task = match_precision(net, task)
+    return _polish(net, task, jnp.asarray(max_iterations))
+
+
+@eqx.filter_jit
+def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> StationaryPoint:
+    start, unravel = ravel_pytree(net.weights)
+    slope = jax.grad(lambda flat: task_loss(net.with_weights(unravel(flat)), task))
+    first = safe_norm(slope(start))
+
+    def unfinished(carry: tuple) -> Array:
+        point, gradient, damping, curvature, iterations, _ = carry
+        # The rounding of the gradient is that of the weights, seen through the Hessian.
+        rounding = jnp.finfo(start.dtype).eps * jnp.where(jnp.isfinite(curvature), curvature * safe_norm(point), 0)
+        stuck = damping > jnp.square(curvature)
+        return (safe_norm(gradient) > rounding) & ~stuck & (iterations < max_iterations)
+
+    def improve(carry: tuple) -> tuple:
+        point, gradient, damping, _, iterations, products = carry
+        _, product = jax.linearize(slope, point)
+        space, _, spent = krylov_space(
+            product,
+            gradient,
+            lambda z: 1 / (jnp.square(z) + damping),
+            safe_norm,
+            SOLVED * safe_norm(gradient) / jnp.sqrt(damping),
+            KRYLOV_SIZE,
+        )
+        trial = point - space.apply(lambda z: z / (jnp.square(z) + damping))
+        there = slope(trial)
+        better = safe_norm(there) < safe_norm(gradient)
+        return (
+            jnp.where(better, trial, point),
+            jnp.where(better, there, gradient),
+            damping * jnp.where(better, RELAXED, TIGHTENED),
+            jnp.max(jnp.abs(space.values)),
+            iterations + 1,
+            products + spent,
+        )
+
+    # A step is at first about as long as the weights where the curvature is small.
+    size = safe_norm(start)
+    damping = jnp.square(first / jnp.where(size > 0, size, 1))
+    unknown = jnp.full_like(damping, jnp.inf)
+    begin = (start, slope(start), damping, unknown, jnp.asarray(0), jnp.asarray(0))
+    point, gradient, _, _, iterations, products = jax.lax.while_loop(unfinished, improve, begin)
+    _, product = jax.linearize(slope, point)
+    noise = jax.random.normal(jax.random.key(0), point.shape, point.dtype)
+    lowest, highest = extreme_eigenvalues(product, noise, KRYLOV_SIZE)
+    end = net.with_weights(unravel(point))
+    return StationaryPoint(
+        net=end,
+        loss=task_loss(end, task),
+        gradient_norm=safe_norm(gradient),
+        distance=safe_norm(point - start),
+        lowest_eigenvalue=lowest,
+        highest_eigenvalue=highest,
+        iterations=iterations,
+        hessian_vector_products=products + KRYLOV_SIZE,
+    )
