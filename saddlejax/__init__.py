@@ -27,5 +27,6 @@ from .saddle import (
     low_rank_margin as low_rank_margin,
     signal_energy as signal_energy,
 )
+from .sweep import sweep as sweep
 from .tasks import Task as Task
 from .universality import collapse as collapse
