@@ -48,6 +48,8 @@ def remove(layers: Sequence[Any], depth: int) -> list[Any]:
 
 def pad(layers: Sequence[Array], all_layers: Sequence[Any]) -> tuple[Array, ...]:
     """Room for all layers, given those that are there; the shapes are those of `all_layers`."""
+    if not layers:
+        return ()
     missing = all_layers[len(layers) - 1 : -1]
     return (*layers[:-1], *(jnp.zeros(like.shape, like.dtype) for like in missing), layers[-1])
 

@@ -21,7 +21,7 @@ from .directions import DirectionProblem
 from .execute import Progress, available_cores, execute
 from .flows import FlowProblem
 from .grid import Axis, Grid
-from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, Variable, custom
+from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
 from .problem import AbstractProblem
 from .store import MemoryStore, ZarrStore
 
@@ -265,23 +265,15 @@ def _whole(name: str, least: int = 1) -> Callable[[Any], int]:
 
 
 def _is_list(values: Any) -> bool:
-    return (
-        isinstance(values, Iterable)
-        and not isinstance(values, str | AbstractUntil)
-        and np.ndim(values) > 0
-        or isinstance(values, range)
-    )
+    """Whether an argument holds several values rather than one."""
+    if isinstance(values, str | AbstractUntil) or not isinstance(values, Iterable):
+        return False
+    return getattr(values, "ndim", 1) > 0
 
 
 def _listed(values: Any) -> list[Any]:
     """A list of values from one value or many."""
-    if (
-        isinstance(values, str | AbstractUntil)
-        or not isinstance(values, Iterable)
-        or (hasattr(values, "ndim") and values.ndim == 0)
-    ):
-        return [values]
-    return list(values)
+    return list(values) if _is_list(values) else [values]
 
 
 def _refuse_unknown(options: dict[str, Any], known: Sequence[str], function: str) -> None:
