@@ -3,11 +3,13 @@
 import functools
 import os
 import pickle
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -37,6 +39,8 @@ class Progress(NamedTuple):
 class Store(Protocol):
     """Where results go."""
 
+    block_shape: tuple[int, ...]
+
     def missing(self) -> list[Block]:
         """The blocks yet to compute."""
 
@@ -56,7 +60,7 @@ def execute(
     A block whose computation raises, or is lost with the machine it ran on, is submitted again up to `retries` times;
     then its lanes are recorded as failed, and a later call tries them anew.
     """
-    missing = store.missing()
+    missing = _share(problem, store)
     kept = problem.grid.lanes - sum(_lanes(block) for block in missing)
     progress = Progress(problem.grid.lanes, kept, kept, 0, 0, 0.0)
     began = time.monotonic()
@@ -100,9 +104,20 @@ def execute(
             raise
 
 
+def _share(problem: AbstractProblem, store: Store) -> list[Block]:
+    """The missing blocks; where JAX runs as several processes, those that are this one's."""
+    processes, own = jax.process_count(), jax.process_index()
+    owners = {_corner(block): number % processes for number, block in enumerate(problem.grid.blocks(store.block_shape))}
+    return [block for block in store.missing() if owners[_corner(block)] == own]
+
+
+def _corner(block: Block) -> tuple[int, ...]:
+    return tuple(part.start for part in block)
+
+
 def _taking_turns(blocks: Sequence[Block]) -> list[Block]:
     """Blocks ordered by their last positions, so that different programs compile side by side."""
-    return sorted(blocks, key=lambda block: [part.start for part in reversed(block)])
+    return sorted(blocks, key=lambda block: _corner(block)[::-1])
 
 
 @contextmanager
@@ -111,12 +126,23 @@ def _workers(executor: Executor | None) -> Iterator[tuple[Executor, int]]:
     if executor is not None:
         yield executor, IN_FLIGHT_ELSEWHERE
         return
-    count = len(jax.local_devices()) if jax.default_backend() != "cpu" else available_cores()
-    pool = ThreadPoolExecutor(count, thread_name_prefix="saddlejax-sweep")
+    devices = jax.local_devices()
+    count = max(len(devices), available_cores() if jax.default_backend() == "cpu" else 1)
+    turns: queue.SimpleQueue = queue.SimpleQueue()
+    for thread in range(count):
+        turns.put(devices[thread % len(devices)])
+
+    def begin() -> None:
+        _own.device = turns.get()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="saddlejax-sweep", initializer=begin)
     try:
         yield pool, 2 * count
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_own = threading.local()
 
 
 def available_cores() -> int:
@@ -126,7 +152,7 @@ def available_cores() -> int:
 
 def _submitter(problem: AbstractProblem, pool: Executor, *, local: bool) -> Callable[[Block], Future]:
     if local:
-        return lambda block: pool.submit(_compute, problem, block)
+        return lambda block: pool.submit(_compute_here, problem, block)
     problem.outputs  # noqa: B018  worked out once here, and not by every worker
     blob, x64 = _dumps(problem), bool(jax.config.jax_enable_x64)
     return lambda block: pool.submit(compute_elsewhere, blob, block, x64)
@@ -152,14 +178,15 @@ def compute_elsewhere(blob: bytes, block: Block, x64: bool) -> dict[str, np.ndar
         return _compute(_loads(blob), block)
 
 
+def _compute_here(problem: AbstractProblem, block: Block) -> dict[str, np.ndarray]:
+    """A block on the device of this thread."""
+    with jax.default_device(_own.device):
+        return _compute(problem, block)
+
+
 def _compute(problem: AbstractProblem, block: Block) -> dict[str, np.ndarray]:
     return problem.run(problem.grid.points(block))
 
 
 def _lanes(block: Block) -> int:
     return int(np.prod(size(block)))
-
-
-def failed_lanes(status: Any) -> int:
-    """The number of lanes recorded as failed."""
-    return sum(str(one).startswith(FAILED) for one in np.ravel(status))

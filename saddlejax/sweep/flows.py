@@ -1,7 +1,6 @@
 """Sweeps of gradient flows."""
 
 import functools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from ..flow import Save, Status
 from ..tasks.task import Task
 from .describe import describe_function, describe_task
 from .grid import Grid
-from .lane import Common, Group, LaneValues, flow_lane, small_layers
+from .lane import Common, Group, LaneValues, small_layers
 from .measures import Variable
-from .problem import AbstractProblem, Output, Point, each_lane
+from .problem import AbstractProblem, Output, Point, blank
+from .programs import program, run_batch, slots_that_fit
 
 SEEDS = (
     "lane of seed s, depth L: MLP([inputs, width, …, width, outputs], activation, key=jax.random.key(s), dtype=dtype) "
@@ -33,6 +33,8 @@ class FlowProblem(AbstractProblem):
       further arguments of `gradient_flow` as `solver`.
     - `variables`: what to measure, by name.
     - `save`: the rows kept for custom measurements.
+    - `fixed`: the arguments that do not vary.
+    - `batch`: how many lanes run together; by default one on a CPU, and what fits in memory on an accelerator.
     """
 
     task: Task
@@ -40,6 +42,7 @@ class FlowProblem(AbstractProblem):
     variables: tuple[tuple[str, Variable], ...]
     save: Save
     fixed: tuple[tuple[str, Any], ...]
+    batch: int | None = None
 
     @functools.cached_property
     def outputs(self) -> dict[str, Output]:
@@ -110,17 +113,32 @@ class FlowProblem(AbstractProblem):
         )
 
     def run(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
-        """One flow after another."""
-
-        def compute(point: Point) -> dict[str, Any]:
-            depth, layers = {**dict(self.fixed), **point}["depth"], {**dict(self.fixed), **point}["bottleneck"]
-            if layers is not None and max(layers) >= depth:
-                return {"status": f"no such network: the bottleneck has layers beyond the {depth} there are"}
-            group, common = self.group(point)
-            measured = jax.device_get(program(group)(common, self.values(point, group)))
-            return {**measured, "status": Status._index_to_message[int(measured["status"])]}
-
-        return each_lane(compute, points, self.outputs)
+        """The flows of a block, whose lanes share a program: one after another, or in a batch that is refilled."""
+        arguments = [{**dict(self.fixed), **point} for point in points]
+        values = blank(self.outputs, len(points))
+        there = []
+        for lane, point in enumerate(arguments):
+            if point["bottleneck"] is not None and max(point["bottleneck"]) >= point["depth"]:
+                values["status"][lane] = f"no such network: it has no more than {point['depth']} layers"
+            else:
+                there.append(lane)
+        if not there:
+            return values
+        group, common = self.group(arguments[there[0]])
+        lanes = [self.values(arguments[lane], group) for lane in there]
+        slots = self.batch or (1 if jax.default_backend() == "cpu" else slots_that_fit(group, common, lanes[0]))
+        if slots == 1:
+            found = [jax.device_get(program(group)(common, lane)) for lane in lanes]
+        else:
+            # Flows from small scales take longest; those that begin last should not be the longest ones.
+            order = sorted(range(len(lanes)), key=lambda lane: float(lanes[lane].scale))
+            there = [there[lane] for lane in order]
+            found = run_batch(group, common, [lanes[lane] for lane in order], len(points), slots)
+        for lane, measured in zip(there, found, strict=True):
+            measured = {**measured, "status": Status._index_to_message[int(measured["status"])]}
+            for name, value in measured.items():
+                values[name][lane] = value
+        return values
 
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
@@ -156,27 +174,3 @@ def _plain(name: str, value: Any) -> Any:
 def key_data(seed: int) -> np.ndarray:
     """The data of `jax.random.key(seed)`."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
-
-
-class Program:
-    """The compiled lane of a group; threads that come while it is compiled wait for it."""
-
-    def __init__(self, group: Group):
-        self.run = jax.jit(functools.partial(flow_lane, group))
-        self.lock = threading.Lock()
-        self.compiled: set[Any] = set()
-
-    def __call__(self, common: Common, lane: LaneValues) -> dict[str, jax.Array]:
-        kind = (jax.tree.structure(common), jax.config.jax_enable_x64, jax.config.jax_default_device)
-        if kind in self.compiled:
-            return self.run(common, lane)
-        with self.lock:
-            measured = self.run(common, lane)
-            self.compiled.add(kind)
-            return measured
-
-
-@functools.lru_cache(maxsize=64)
-def program(group: Group) -> Program:
-    """The program of a group, made once a process."""
-    return Program(group)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.experimental.multihost_utils import sync_global_devices
 
 from .. import _check
 from ..activations import Activation, activation_name, resolve_activation
@@ -23,10 +24,12 @@ from .flows import FlowProblem
 from .grid import Axis, Grid
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
 from .problem import AbstractProblem
+from .programs import MOST_SLOTS
 from .store import MemoryStore, ZarrStore
 
 Measure = Callable[[Any], Any]
 MOST_LANES = 64
+BATCHES_A_BLOCK = 8
 
 
 def sweep(
@@ -43,6 +46,7 @@ def sweep(
     store: str | Path | None = None,
     executor: Executor | None = None,
     block: int | None = None,
+    batch: int | None = None,
     retries: int = 2,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
@@ -73,6 +77,8 @@ def sweep(
       By default the cores, or the accelerators, of this machine.
     - `block`: the most lanes in a block, the unit of storage and of work handed out. Chosen from the size of the grid
       by default; a store keeps the one it began with.
+    - `batch`: how many flows run together under `vmap`, finished ones replaced by waiting ones; by default one on a CPU
+      (each core has its own) and as many as fit in half of its memory on an accelerator.
     - `retries`: how often a block whose computation was lost is tried again before its lanes are recorded as failed.
     - `on_progress`: called with a `saddlejax.sweep.Progress` after every block.
 
@@ -89,24 +95,55 @@ def sweep(
         raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
     if block is not None:
         _check.whole_number("block", block)
+    if batch is not None:
+        _check.whole_number("batch", batch)
     _check.whole_number("retries", retries, least=0)
     if of is gradient_flow:
-        problem: AbstractProblem = _flows(task, width, depth, activation, bottleneck, scale, seed, measure, options)
+        problem: AbstractProblem = _flows(
+            task, width, depth, activation, bottleneck, scale, seed, measure, options, batch
+        )
     elif of is escape_direction:
         if bottleneck is not None or scale is not None:
             raise _check.fail("scale and bottleneck", "be left out: escape directions have unit layers", "given")
         problem = _directions(task, width, depth, activation, seed, measure, options)
     else:
         raise _check.fail("of", "be saddlejax.gradient_flow or saddlejax.escape_direction", repr(of))
-    most = block or _most_lanes(problem.grid.lanes)
-    block_shape = problem.grid.block_shape(most)
+    block_shape = problem.grid.block_shape(block or _most_lanes(problem.grid.lanes, batch))
+    if jax.process_count() > 1:
+        return _on_several_hosts(problem, store, block_shape, retries, on_progress)
     results = MemoryStore(problem, block_shape) if store is None else ZarrStore(store, problem, block_shape)
     execute(problem, results, executor, retries, on_progress)
     return results.dataset()
 
 
-def _most_lanes(lanes: int) -> int:
-    """Blocks small enough that all cores stay busy to the end, and few enough for one file each."""
+def _on_several_hosts(
+    problem: AbstractProblem,
+    store: str | Path | None,
+    block_shape: Sequence[int],
+    retries: int,
+    on_progress: Callable[[Progress], None],
+) -> xr.Dataset:
+    """Every process of `jax.distributed` computes its share of the blocks, into a store that all of them reach."""
+    if store is None:
+        raise _check.fail("store", "be a folder that all processes reach, where JAX runs as several", store)
+    if jax.process_index() == 0:
+        ZarrStore(store, problem, block_shape)
+    sync_global_devices("saddlejax sweep: store created")
+    results = ZarrStore(store, problem, block_shape)
+    execute(problem, results, None, retries, on_progress)
+    sync_global_devices("saddlejax sweep: all blocks written")
+    return results.dataset()
+
+
+def _most_lanes(lanes: int, batch: int | None) -> int:
+    """Blocks small enough that all cores stay busy to the end, and few enough for one file each.
+
+    A batch needs many times as many lanes as it has slots, or else it spends its time running dry.
+    """
+    if batch is not None:
+        return BATCHES_A_BLOCK * batch
+    if jax.default_backend() != "cpu":
+        return BATCHES_A_BLOCK * MOST_SLOTS
     return max(1, min(MOST_LANES, math.ceil(lanes / (8 * available_cores()))))
 
 
@@ -120,6 +157,7 @@ def _flows(
     seed: Any,
     measure: dict[str, Measure] | None,
     options: dict[str, Any],
+    batch: int | None,
 ) -> FlowProblem:
     known = ("until", "rtol", "dtype", "max_steps", "solver", "stiff")
     _refuse_unknown(options, (*known, "save"), "gradient_flow")
@@ -153,7 +191,12 @@ def _flows(
     )
     variables = custom(measure, FLOW_VARIABLES)
     return FlowProblem(
-        task, grid, tuple(variables.items()), options.get("save") or Save(steps=False, singular_values=False), fixed
+        task,
+        grid,
+        tuple(variables.items()),
+        options.get("save") or Save(steps=False, singular_values=False),
+        fixed,
+        batch,
     )
 
 
