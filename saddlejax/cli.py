@@ -187,6 +187,8 @@ def sweep(
             job = bar.add_task("lanes", total=None, outcome="")
 
             def show(done: Done) -> None:
+                if done.done == done.kept:  # what an earlier call computed says nothing about the time left
+                    bar.reset(job, completed=done.kept)
                 bar.update(job, total=done.lanes, completed=done.done, outcome=_outcome(done))
 
             results = run_sweep(task, **arguments, executor=executor, on_progress=show)

@@ -154,14 +154,14 @@ def _submitter(problem: AbstractProblem, pool: Executor, *, local: bool) -> Call
     if local:
         return lambda block: pool.submit(_compute_here, problem, block)
     problem.outputs  # noqa: B018  worked out once here, and not by every worker
-    blob, x64 = _dumps(problem), bool(jax.config.jax_enable_x64)
+    blob, x64 = _dumps(problem), bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     return lambda block: pool.submit(compute_elsewhere, blob, block, x64)
 
 
 def _dumps(problem: AbstractProblem) -> bytes:
     """The problem as bytes; functions defined in a script or notebook travel with cloudpickle, where installed."""
     try:
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
         return pickle.dumps(problem)
     return cloudpickle.dumps(problem)

@@ -26,10 +26,10 @@ class LaneValues(NamedTuple):
     - `rtol`: tolerance of the integration.
     """
 
-    key: UInt[Array, "*lanes words"]
-    scale: Float[Array, "*lanes"]
-    small: Bool[Array, "*lanes layers"]
-    rtol: Float[Array, "*lanes"]
+    key: UInt[Array | np.ndarray, "*lanes words"]
+    scale: Float[Array | np.ndarray, "*lanes"]
+    small: Bool[Array | np.ndarray, "*lanes layers"]
+    rtol: Float[Array | np.ndarray, "*lanes"]
 
 
 class Common(NamedTuple):

@@ -56,8 +56,10 @@ class ZarrStore:
         self.path, self.problem = Path(path), problem
         if not self.path.exists():
             self._create(block_shape)
-        self.group = self._open()
-        self.block_shape = tuple(self.group[STATUS].chunks)
+        self.attributes = self._check_specification()
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a block of NaN is a file as well
+            self.arrays = {name: zarr.open_array(self.path / name, mode="r+") for name in (*problem.outputs, STATUS)}
+        self.block_shape = tuple(self.arrays[STATUS].chunks)
         self.damaged: list[Block] = []
 
     def _create(self, block_shape: Sequence[int]) -> None:
@@ -89,7 +91,6 @@ class ZarrStore:
             )
             array[:] = labels
         compressors = (ZstdCodec(level=3), Crc32cCodec())
-        every_file = {"write_empty_chunks": True}
         for name, output in problem.outputs.items():
             group.create_array(
                 name,
@@ -100,7 +101,6 @@ class ZarrStore:
                 compressors=compressors,
                 dimension_names=_dims(grid, name, output.variable.dims, output.shape),
                 attributes=_attributes(output.variable),
-                config=every_file,
             )
         group.create_array(
             STATUS,
@@ -111,13 +111,12 @@ class ZarrStore:
             compressors=compressors,
             dimension_names=grid.dims,
             attributes={"long_name": "outcome; empty where not computed yet"},
-            config=every_file,
         )
 
-    def _open(self) -> zarr.Group:
+    def _check_specification(self) -> dict[str, Any]:
         try:
-            group = zarr.open_group(self.path, mode="r+", zarr_format=3)
-            stored = group.attrs[SPECIFICATION]
+            attributes = dict(zarr.open_group(self.path, mode="r+", zarr_format=3).attrs)
+            stored = attributes.pop(SPECIFICATION)
         except PermissionError:
             raise
         except Exception as error:
@@ -133,11 +132,11 @@ class ZarrStore:
                 "Choose another store for the new sweep."
             )
         now = versions()
-        before = {name: group.attrs.get(name) for name in now}
+        before = {name: attributes.get(name) for name in now}
         changed = [f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]]
         if changed:
             warnings.warn(f"{self.path} was begun with other versions: {'; '.join(changed)}.", stacklevel=4)
-        return group
+        return attributes
 
     def missing(self) -> list[Block]:
         """The blocks yet to compute, damaged ones and ones with failed lanes among them."""
@@ -151,25 +150,25 @@ class ZarrStore:
             self.damaged.append(block)
             return False
         try:
-            status = self.group[STATUS][block]
+            status = self.arrays[STATUS][block]
             for name in self.problem.outputs:
-                self.group[name][block]
+                self.arrays[name][block]
         except Exception:
             self.damaged.append(block)
             return False
         return not any(str(one) == "" or str(one).startswith(FAILED) for one in np.ravel(status))
 
     def _file(self, name: str, block: Block) -> Path:
-        array = self.group[name]
+        array = self.arrays[name]
         position = [part.start // step for part, step in zip(block, self.block_shape, strict=True)]
-        return self.path / name / array.metadata.encode_chunk_key((*position, *[0] * (array.ndim - len(position))))
+        return self.path / name / "/".join(["c", *map(str, (*position, *[0] * (array.ndim - len(position))))])
 
     def write(self, block: Block, values: dict[str, np.ndarray]) -> None:
         """Write a block, its status last."""
         try:
             for name in (*self.problem.outputs, STATUS):
                 value = values[name]
-                self.group[name][block] = value.reshape(*size(block), *value.shape[1:])
+                self.arrays[name][block] = value.reshape(*size(block), *value.shape[1:])
         except OSError as error:
             raise type(error)(
                 error.errno,
@@ -180,9 +179,8 @@ class ZarrStore:
 
     def dataset(self) -> xr.Dataset:
         """All results, loaded."""
-        values = {name: self.group[name][...] for name in (*self.problem.outputs, STATUS)}
-        attributes = {name: value for name, value in self.group.attrs.items() if name != SPECIFICATION}
-        return assemble(self.problem, values, attributes)
+        values = {name: np.asarray(array[...]) for name, array in self.arrays.items()}
+        return assemble(self.problem, values, self.attributes)
 
 
 def assemble(problem: AbstractProblem, values: dict[str, np.ndarray], attributes: dict[str, Any]) -> xr.Dataset:

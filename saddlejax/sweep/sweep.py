@@ -164,7 +164,7 @@ def _flows(
     given = {name: options[name] for name in known if name in options}
     dtypes = [str(jnp.result_type(task.x.dtype, float))] if given.get("dtype") is None else _listed(given["dtype"])
     for value in dtypes:
-        if jnp.dtype(value) == jnp.float64 and not jax.config.jax_enable_x64:
+        if jnp.dtype(value) == jnp.float64 and jnp.result_type(float) != jnp.float64:
             raise _check.fail(
                 "dtype", "be float32 while double precision is off", value, 'jax.config.update("jax_enable_x64", True)'
             )
