@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,12 +105,9 @@ class FlowProblem(AbstractProblem):
         """What distinguishes a lane within its program."""
         point = {**dict(self.fixed), **point}
         rtol = 1.0 if point["rtol"] is None else point["rtol"]
-        return LaneValues(
-            key=key_data(int(point["seed"])),
-            scale=np.asarray(point["scale"], group.dtype),
-            small=small_layers(point["bottleneck"], point["depth"], len(group.sizes) - 1),
-            rtol=np.asarray(rtol, group.dtype),
-        )
+        small = small_layers(point["bottleneck"], point["depth"], len(group.sizes) - 1)
+        scale, rtol = np.asarray(point["scale"], group.dtype), np.asarray(rtol, group.dtype)
+        return LaneValues(*cast(tuple[jax.Array, ...], (key_data(int(point["seed"])), scale, small, rtol)))
 
     def run(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
         """The flows of a block, whose lanes share a program: one after another, or in a batch that is refilled."""

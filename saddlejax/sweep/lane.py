@@ -26,10 +26,10 @@ class LaneValues(NamedTuple):
     - `rtol`: tolerance of the integration.
     """
 
-    key: UInt[Array | np.ndarray, "*lanes words"]
-    scale: Float[Array | np.ndarray, "*lanes"]
-    small: Bool[Array | np.ndarray, "*lanes layers"]
-    rtol: Float[Array | np.ndarray, "*lanes"]
+    key: UInt[Array, "*lanes words"]
+    scale: Float[Array, "*lanes"]
+    small: Bool[Array, "*lanes layers"]
+    rtol: Float[Array, "*lanes"]
 
 
 class Common(NamedTuple):
@@ -72,7 +72,7 @@ def flow_lane(group: Group, common: Common, lane: LaneValues) -> dict[str, Array
         **dict(group.options),
     )
     measured = measure_flow(flow, [(name, variable.function) for name, variable in group.variables])
-    return {"status": flow.status._value, **measured}
+    return {"status": jnp.asarray(flow.status._value), **measured}
 
 
 def initial_network(group: Group, which: Array, lane: LaneValues) -> PaddedMLP:
@@ -85,14 +85,14 @@ def initial_network(group: Group, which: Array, lane: LaneValues) -> PaddedMLP:
     )
 
     def of_depth(depth: int) -> Weights:
-        net = MLP((ends[0], *width[: depth - 1], ends[1]), group.activation, key=key, dtype=group.dtype)
+        net = MLP((ends[0], *width[: depth - 1], ends[1]), group.activation, key=key, dtype=jnp.dtype(group.dtype))
         return pad(net.weights, shapes)
 
     weights = jax.lax.switch(which, [lambda depth=depth: of_depth(depth) for depth in group.depths])
     scaled = tuple(
         w * jnp.where(small, lane.scale, 1).astype(w.dtype) for w, small in zip(weights, lane.small, strict=True)
     )
-    return PaddedMLP(scaled, which, group.depths, group.activation)
+    return PaddedMLP(weights=scaled, which=which, depths=group.depths, activation=group.activation)
 
 
 def small_layers(layers: tuple[int, ...] | None, depth: int, deepest: int) -> np.ndarray:

@@ -46,9 +46,8 @@ def refilled_map(split: Split, shared: PyTree, lanes: PyTree, count: Int[Array, 
     slots = min(slots, total)
     together = max(1, slots // AT_ONCE)
     prepared = split.prepare(shared)
-    start, finish, turn, goes_on = (
-        jax.vmap(part, in_axes=(None, 0)) for part in (split.start, split.finish, split.turn, split.running)
-    )
+    start, finish = jax.vmap(split.start, in_axes=(None, 0)), jax.vmap(split.finish, in_axes=(None, 0))
+    turn, goes_on = jax.vmap(split.turn, in_axes=(None, 0)), jax.vmap(split.running, in_axes=(None, 0))
 
     def take(indices: Array) -> PyTree:
         return jax.tree.map(lambda a: a[jnp.minimum(indices, total - 1)], lanes)

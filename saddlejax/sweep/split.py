@@ -13,7 +13,12 @@ _CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "re
 
 # Equinox's loops ask whether any lane of a batch goes on, and assert that all have made as many turns. Here every lane
 # has a loop of its own.
-_OVER_BATCH = {"nonbatchable": jnp.asarray, "unvmap_any": jnp.any, "unvmap_all": jnp.all, "unvmap_max": jnp.max}
+_OVER_BATCH: dict[str, Callable[[Any], jax.Array]] = {
+    "nonbatchable": jnp.asarray,
+    "unvmap_any": jnp.any,
+    "unvmap_all": jnp.all,
+    "unvmap_max": jnp.max,
+}
 
 
 class Kept(NamedTuple):
@@ -122,8 +127,9 @@ def _inline(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> 
     for eqn in jaxpr.eqns:
         arguments = [_read(env, v) for v in eqn.invars]
         body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-        if eqn.primitive.name in _OVER_BATCH:
-            results = [_OVER_BATCH[eqn.primitive.name](*arguments)]
+        over_batch = _OVER_BATCH.get(eqn.primitive.name)
+        if over_batch is not None:
+            results = [over_batch(*arguments)]
         elif body is None:
             results = _bind(eqn, arguments)
         elif isinstance(body, core.ClosedJaxpr):
@@ -154,7 +160,7 @@ def _is_var(v: Any) -> bool:
     return not isinstance(v, core.Literal)
 
 
-def _length(jaxpr: core.Jaxpr) -> int:
+def _length(jaxpr: Any) -> int:
     """The number of operations, those of loops and branches inside included."""
     total = 0
     for eqn in jaxpr.eqns:

@@ -79,7 +79,8 @@ class ZarrStore:
 
     def _lay_out(self, path: Path, block_shape: tuple[int, ...]) -> None:
         problem, grid = self.problem, self.problem.grid
-        group = zarr.create_group(path, attributes={**provenance(problem), SPECIFICATION: problem.specification()})
+        attributes: dict[str, Any] = {**provenance(problem), SPECIFICATION: problem.specification()}
+        group = zarr.create_group(path, attributes=attributes)
         for axis in grid.axes:
             labels = _labels(axis)
             array = group.create_array(
@@ -205,7 +206,7 @@ def _dims(grid: Grid, name: str, own: tuple[str, ...] | None, shape: tuple[int, 
     return (*grid.dims, *(own if own is not None else [f"{name}_{axis}" for axis in range(len(shape))]))
 
 
-def _attributes(variable: Any) -> dict[str, str]:
+def _attributes(variable: Any) -> dict[str, Any]:
     return {"long_name": variable.meaning, "units": variable.units}
 
 

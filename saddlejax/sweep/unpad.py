@@ -1,6 +1,7 @@
 """The record of a flow without padding, and measurements brought to one shape for all depths."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -59,8 +60,8 @@ def measure_flow(flow: Flow, measures: Sequence[tuple[str, Measure]]) -> dict[st
         return {name: jnp.asarray(function(small)) for name, function in measures}
 
     def alone(depth: int) -> dict[str, jax.ShapeDtypeStruct]:
-        only = eqx.tree_at(lambda net: net.which, padded, jnp.asarray(0))
-        return jax.eval_shape(lambda: PaddedMLP(only.weights, only.which, (depth,), only.activation).branch(measured))
+        first = jnp.asarray(0)
+        return jax.eval_shape(lambda: replace(padded, which=first, depths=(depth,)).branch(measured))
 
     shapes = common_shapes([alone(depth) for depth in padded.depths])
     return padded.branch(lambda depth, net: fill_up(measured(depth, net), shapes))
