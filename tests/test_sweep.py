@@ -234,6 +234,7 @@ def test_files_with_mistakes_say_what_they_are(tmp_path, old, new, words):
         ({"measure": {"final_loss": len}}, "measure must name new"),
         ({"of": len}, "of must be saddlejax.gradient_flow"),
         ({"task": None}, "task must be a saddlejax.Task"),
+        ({"rtol": [None, 1e-3]}, "rtol must be a number, a list"),
         ({"block": 0}, "block must be a whole number"),
         ({"of": sj.escape_direction, "scale": 1e-2}, "scale and bottleneck must be left out"),
     ],

@@ -168,6 +168,8 @@ def _flows(
             raise _check.fail(
                 "dtype", "be float32 while double precision is off", value, 'jax.config.update("jax_enable_x64", True)'
             )
+    if _is_list(given.get("rtol")) and None in _listed(given["rtol"]):
+        raise _check.fail("rtol", "be a number, a list of numbers, or None alone", given["rtol"])
     axes = {
         "until": _axis("until", _listed(given.get("until") or Escape()), _until, "where the flow ends"),
         "solver": _axis(
@@ -289,9 +291,9 @@ def _scale(scale: Any) -> float:
     return float(scale)
 
 
-def _rtol(rtol: Any) -> float:
+def _rtol(rtol: Any) -> float | None:
     if rtol is None:
-        return math.nan
+        return None
     _check.positive_number("rtol", rtol)
     if float(rtol) >= 1:
         raise _check.fail("rtol", "be below one", rtol)
