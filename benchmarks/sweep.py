@@ -182,10 +182,14 @@ def kills(count: int) -> None:
         cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         environment = {**os.environ, **cache}
 
+        blocks = "status/c/*/*/*/*/*"
+
+        def written() -> int:
+            return len(list(killed.glob(blocks)))
+
         def begin(store: Path) -> subprocess.Popen:
             return subprocess.Popen([sys.executable, __file__, "--store", str(store)], env=environment)
 
-        began = time.perf_counter()
         whole, killed = Path(folder) / "whole.zarr", Path(folder) / "killed.zarr"
         begin(whole).wait()
         began = time.perf_counter()
@@ -193,17 +197,22 @@ def kills(count: int) -> None:
         whole_time = time.perf_counter() - began
         done = 0
         while done < count:
+            before = written()
             process = begin(killed)
-            time.sleep(moments.uniform(0.1, 1.0) * whole_time)
+            if done % 2 == 0:  # at any moment of its life
+                time.sleep(moments.uniform(0, whole_time))
+            else:  # while it writes
+                while process.poll() is None and written() == before:
+                    time.sleep(0.01)
+                time.sleep(moments.uniform(0, 0.5))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 done += 1
             process.wait()
-            blocks = len(list(killed.glob("status/c/*/*/*/*/*")))
-            print(f"kill {done}: {blocks} of 60 blocks written", flush=True)
-            if blocks == 60 and done < count:
+            print(f"kill {done}: {before} blocks of 60 before, {written()} after", flush=True)
+            if written() == 60 and done < count:
                 # Everything is there: begin once more from half of it.
-                for file in sorted(killed.glob("status/c/*/*/*/*/*"))[::2]:
+                for file in sorted(killed.glob(blocks))[::2]:
                     file.unlink()
         begin(killed).wait()
         same = [xr.open_zarr(path, consolidated=False).load() for path in (whole, killed)]
