@@ -60,7 +60,6 @@ class ZarrStore:
         with zarr.config.set({"array.write_empty_chunks": True}):  # a block of NaN is a file as well
             self.arrays = {name: zarr.open_array(self.path / name, mode="r+") for name in (*problem.outputs, STATUS)}
         self.block_shape = tuple(self.arrays[STATUS].chunks)
-        self.damaged: list[Block] = []
 
     def _create(self, block_shape: Sequence[int]) -> None:
         """Make the store complete but for its blocks under another name, then rename it."""
@@ -141,21 +140,30 @@ class ZarrStore:
 
     def missing(self) -> list[Block]:
         """The blocks yet to compute, damaged ones and ones with failed lanes among them."""
-        return [block for block in self.problem.grid.blocks(self.block_shape) if not self._done(block)]
+        damaged: list[Block] = []
+        missing = [block for block in self.problem.grid.blocks(self.block_shape) if not self._done(block, damaged)]
+        if damaged:
+            places = ", ".join(str(self._file(STATUS, block).relative_to(self.path)) for block in damaged[:5])
+            warnings.warn(
+                f"{self.path} has {len(damaged)} damaged blocks ({places}{', …' if len(damaged) > 5 else ''}), which are "
+                "computed again.",
+                stacklevel=4,
+            )
+        return missing
 
-    def _done(self, block: Block) -> bool:
+    def _done(self, block: Block, damaged: list[Block]) -> bool:
         files = [self._file(name, block) for name in (STATUS, *self.problem.outputs)]
         if not files[0].exists():
             return False
         if not all(file.exists() for file in files):
-            self.damaged.append(block)
+            damaged.append(block)
             return False
         try:
             status = self.arrays[STATUS][block]
             for name in self.problem.outputs:
                 self.arrays[name][block]
         except Exception:
-            self.damaged.append(block)
+            damaged.append(block)
             return False
         return not any(str(one) == "" or str(one).startswith(FAILED) for one in np.ravel(status))
 
