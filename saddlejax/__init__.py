@@ -46,5 +46,6 @@ from .saddle import (
 )
 from .signal_growth import signal_growth as signal_growth
 from .stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
+from .sweep import sweep as sweep
 from .tasks import Task as Task
 from .universality import collapse as collapse

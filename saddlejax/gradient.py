@@ -1,6 +1,7 @@
 """The loss, its gradient and the imbalance rate from one forward and one backward pass."""
 
 from collections.abc import Callable
+from functools import singledispatch
 from typing import NamedTuple
 
 import jax
@@ -30,8 +31,12 @@ def homogeneity_defect(activation: Callable[[Array], Array], z: Float[Array, "..
     return slope_times_z - value
 
 
+@singledispatch
 def gradient(net: AbstractNetwork, task: Task) -> Gradient:
-    """Loss, gradient and the right-hand side of the imbalance identity in one forward and backward pass."""
+    """Loss, gradient and the right-hand side of the imbalance identity in one forward and backward pass.
+
+    Networks that store their layers in another way register their own.
+    """
 
     def run(weights: Weights, taps: tuple[Array, ...]) -> tuple[Array, list[Array]]:
         # The derivative with respect to a tap on h_l is W_{l+1}ᵀ δ_{l+1}, one row a sample.

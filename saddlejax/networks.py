@@ -3,6 +3,7 @@
 import abc
 import itertools
 from collections.abc import Sequence
+from functools import singledispatch
 from typing import Self, TypeVar
 
 import equinox as eqx
@@ -43,7 +44,7 @@ class AbstractNetwork(eqx.Module):
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
         """The output `f(x)` for one sample."""
-        return preactivations(self, x)[-1]
+        return predict(self, x)
 
     def with_weights(self, weights: Sequence[Array]) -> Self:
         """The same network with other weights."""
@@ -140,8 +141,9 @@ def preactivations(
     return zs
 
 
-def predict(net: AbstractNetwork, x: Float[Array, "samples in"]) -> Float[Array, "samples out"]:
-    """The outputs for a batch of samples."""
+@singledispatch
+def predict(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    """The outputs for a sample or a batch. Networks that store their layers in another way register their own."""
     return preactivations(net, x)[-1]
 
 

@@ -1,6 +1,6 @@
 """Figures: matplotlib Axes in, Axes out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,22 +26,22 @@ def _quiet(ax: Axes | None) -> Axes:
 
 
 def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
-    """Escape time against init scale, one colour for each number of bottleneck layers, with the law's slope.
+    """Escape time against init scale, one colour for each depth and number of bottleneck layers, with the law's slope.
 
     Points are seeds, lines their medians, dashes `τ ∝ ε^{−(r−2)}` (`log 1/ε` for `r = 2`) through the smallest scale.
 
-    **Arguments:** `results` of a scan; `ax`, made anew by default; `activation`, by default the first.
+    **Arguments:** `results` of a sweep or scan; `ax`, made anew by default; `activation`, by default the first.
     """
     ax = _quiet(ax)
     results = _of_activation(results, activation)
     scale = results.scale.values
-    for i, r in enumerate(results.bottleneck.values):
-        logs = results.log_escape_time.sel(bottleneck=r).transpose("scale", "seed").values / np.log(10)
+    for i, (label, r, times) in enumerate(_curves(results)):
+        logs = times.transpose("scale", "seed").values / np.log(10)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         middle = _median(logs)
         for j in range(logs.shape[1]):
             ax.plot(scale, logs[:, j], marker, color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
-        ax.plot(scale, middle, color=colour, linewidth=1.6, label=f"$r = {r}$")
+        ax.plot(scale, middle, color=colour, linewidth=1.6, label=label)
         law = _law(scale, int(r), middle)
         if law is not None:
             ax.plot(*law, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -190,6 +190,19 @@ def _of_activation(results: xr.Dataset, activation: str | None) -> xr.Dataset:
     if "activation" not in results.dims:
         return results
     return results.isel(activation=0) if activation is None else results.sel(activation=activation)
+
+
+def _curves(results: xr.Dataset) -> Iterator[tuple[str, int, xr.DataArray]]:
+    """Label, number of small layers and times of every depth and bottleneck; a bottleneck of 0 is all layers."""
+    times = results.log_escape_time
+    for depth in results.depth.values if "depth" in times.dims else [None]:
+        for r in results.bottleneck.values:
+            chosen = times.sel(bottleneck=r) if depth is None else times.sel(bottleneck=r, depth=depth)
+            small = int(r) or int(results.depth if depth is None else depth)
+            if np.isfinite(chosen).any():
+                names = [f"L = {depth}"] if times.sizes.get("depth", 1) > 1 else []
+                names += [f"r = {small}"] if int(r) or not names else []
+                yield "$" + ", ".join(names) + "$", small, chosen
 
 
 def _median(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,49 @@
+"""What all commands share: the application, the console, progress bars and errors."""
+
+from importlib import metadata
+from typing import NoReturn
+
+import jax
+import matplotlib
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="How deep networks leave the plateaus of training from small weights.",
+)
+console = Console()
+
+
+@app.callback()
+def _precision() -> None:
+    """How deep networks leave the plateaus of training from small weights."""
+    jax.config.update("jax_enable_x64", True)
+    matplotlib.use("Agg")
+
+
+@app.command(hidden=True)
+def version() -> None:
+    """Print the version."""
+    console.print(metadata.version("saddlejax"), highlight=False)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print an error and end with exit status 2."""
+    console.print(f"[red]error:[/red] {error}", highlight=False)
+    raise typer.Exit(2) from None
+
+
+def progress_bar() -> Progress:
+    """A bar that tells what is done, how many are, and the time gone and left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,55 @@
+"""Optimal escape directions over depth."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+
+from .. import saddle, tasks
+from .app import app, console, fail, progress_bar
+
+
+@app.command()
+def direction(
+    data: Annotated[str, typer.Option(help="As for the command escape.")] = "digits",
+    samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
+    width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
+    depth: Annotated[
+        list[int] | None, typer.Option(min=2, help="Number of weight matrices; repeat.  [default: 2 to 8]")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="A homogeneous or smooth activation.")] = "relu",
+    starts: Annotated[int, typer.Option(min=1, help="Random starts a depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random starts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-direction"),
+) -> None:
+    """Optimal escape directions from the saddle at zero weights, over depth.
+
+    An escape direction is a point ρ with unit layers where -∇L0(ρ) = s ρ, L0 the leading order of the loss; the largest
+    speed s is the way a network of tiny weights leaves. The table compares the speeds with an upper bound, and the
+    singular values of every layer with the bound σ1/σ2 ≥ l^¼ for deep ReLU networks.
+    """
+    try:
+        task = tasks.load(data, samples)
+        out.mkdir(parents=True, exist_ok=True)
+        depths = depth or list(range(2, 9))
+        console.print(f"{task}\nnetworks: width {width}, {activation}, {starts} random starts a depth")
+        with progress_bar() as bar:
+            job = bar.add_task("depths", total=len(depths))
+            found = saddle.directions_over_depth(
+                task,
+                depths,
+                width=width,
+                activation=activation,
+                starts=starts,
+                key=jax.random.key(seed),
+                progress=lambda best: bar.advance(job),
+            )
+    except (ValueError, OSError) as error:
+        fail(error)
+    console.print(saddle.directions_table(found))
+    numbers, figure = out / "directions.json", out / "directions.png"
+    numbers.write_text(json.dumps([saddle.record(best) for best in found], indent=2))
+    saddle.directions_figure(found).savefig(figure, dpi=160)
+    console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)

@@ -1,0 +1,101 @@
+"""Sweeps from a file."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..sweep.execute import Progress as Done
+from ..sweep.spec_file import read_specification
+from ..sweep.sweep import sweep as run_sweep
+from .app import app, console, fail
+
+
+@app.command()
+def sweep(
+    specification: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What to compute, and where to keep it.")],
+    store: Annotated[Path | None, typer.Option(help="Folder for the results, in place of the file's.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler, such as tcp://host:8786, to compute on its workers."),
+    ] = None,
+) -> None:
+    """A grid of flows or escape directions from a file, kept in a Zarr store; call it again to go on after any stop.
+
+    An example of SPEC.toml:
+
+      [task]
+      data = "digits"
+      samples = 500
+
+      [grid]
+      width = 24
+      depth = [2, 3, 4]
+      activation = ["tanh", "relu"]
+      bottleneck = "all"
+      scale = { from = 1e-1, to = 1e-5, count = 5 }
+      seed = { count = 8 }
+
+      [flow]
+      until = "escape"
+
+    Read the results, at any time: xarray.open_zarr("SPEC.zarr").
+    """
+    try:
+        task, arguments = read_specification(specification)
+        if store is not None:
+            arguments["store"] = store
+        console.print(f"{task}\nstore: {arguments['store']}", highlight=False)
+        with _executor(cluster) as executor, _sweep_progress() as bar:
+            job = bar.add_task("lanes", total=None, outcome="")
+
+            def show(done: Done) -> None:
+                if done.done == done.kept:  # what an earlier call computed says nothing about the time left
+                    bar.reset(job, completed=done.kept)
+                bar.update(job, total=done.lanes, completed=done.done, outcome=_outcome(done))
+
+            results = run_sweep(task, **arguments, executor=executor, on_progress=show)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        fail(error)
+    counts = results.status.to_series().value_counts()
+    for status, count in counts.items():
+        console.print(f"{count:8d}  {status}", highlight=False)
+    if any(str(status).startswith("failed") for status in counts.index):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _executor(cluster: str | None) -> Iterator[Executor | None]:
+    """Dask's executor for a scheduler's address, closed at the end."""
+    if cluster is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ImportError("--cluster needs Dask: pip install 'saddlejax[cluster]'.") from None
+    with Client(cluster) as client:
+        yield client.get_executor()
+
+
+def _outcome(done: Done) -> str:
+    words = [f"{done.rate:.3g}/s"] if done.rate > 0 else ["compiling"]
+    words += [f"{done.kept} kept"] if done.kept else []
+    words += [f"{done.retries} blocks tried again"] if done.retries else []
+    return ", ".join([*words, f"{done.failed} failed"])
+
+
+def _sweep_progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[outcome]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

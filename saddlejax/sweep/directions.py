@@ -1,0 +1,92 @@
+"""Sweeps of escape directions."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..activations import activation_name
+from ..saddle import escape_direction
+from ..tasks.task import Task
+from .describe import describe_function, describe_task
+from .grid import Grid
+from .measures import Variable
+from .problem import AbstractProblem, Output, Point, each_lane, fill_value
+
+SEEDS = (
+    "lane of seed s, depth L: escape_direction(task, [inputs, width, …, width, outputs], activation, starts=starts, "
+    "key=jax.random.key(s)) with L weight matrices"
+)
+
+
+@dataclass(frozen=True)
+class DirectionProblem(AbstractProblem):
+    """The best escape direction for every width, depth, activation and seed of a grid.
+
+    - `fixed`: further arguments of `escape_direction`, and those that do not vary.
+    """
+
+    task: Task
+    grid: Grid
+    variables: tuple[tuple[str, Variable], ...]
+    fixed: tuple[tuple[str, Any], ...]
+
+    @functools.cached_property
+    def outputs(self) -> dict[str, Output]:
+        """The measurements of a lane: shapes and types for the deepest network, without searching."""
+        deepest = max(self._values("depth"))
+        point = {**self.grid.points(tuple(slice(0, 1) for _ in self.grid.axes))[0], "depth": deepest}
+        shapes = jax.eval_shape(lambda: self._measure(point))
+        return {
+            name: Output(tuple(shapes[name].shape), str(shapes[name].dtype), variable)
+            for name, variable in self.variables
+        }
+
+    def _values(self, name: str) -> list[Any]:
+        for axis in self.grid.axes:
+            if axis.name == name:
+                return list(axis.values)
+        return [dict(self.fixed)[name]]
+
+    def _measure(self, point: Point) -> dict[str, Any]:
+        point = {**dict(self.fixed), **point}
+        sizes = [self.task.in_size, *[point["width"]] * (point["depth"] - 1), self.task.out_size]
+        best = escape_direction(
+            self.task, sizes, point["activation"], starts=point["starts"], key=jax.random.key(point["seed"])
+        )
+        return {name: jnp.asarray(variable.function(best)) for name, variable in self.variables}
+
+    def run(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
+        """One search after another."""
+
+        def compute(point: Point) -> dict[str, Any]:
+            found = {name: np.asarray(value) for name, value in self._measure(point).items()}
+            return {**{name: _fill_up(value, self.outputs[name]) for name, value in found.items()}, "status": "found"}
+
+        return each_lane(compute, points, self.outputs)
+
+    def specification(self) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        known = {name: activation_name(value) if name == "activation" else value for name, value in self.fixed}
+        return {
+            "of": "escape_direction",
+            "task": describe_task(self.task),
+            "grid": {axis.name: list(axis.labels) for axis in self.grid.axes},
+            **known,
+            "measure": {name: describe_function(one.function) for name, one in self.variables if one.dims is None},
+        }
+
+    def attributes(self) -> dict[str, str]:
+        """Provenance for the attributes of the results."""
+        known = {name: str(value) for name, value in self.fixed}
+        return {"quantity": "escape direction", "task": str(self.task), **known, "seed_convention": SEEDS}
+
+
+def _fill_up(value: np.ndarray, output: Output) -> np.ndarray:
+    full = np.full(output.shape, fill_value(output.dtype), output.dtype)
+    full[tuple(slice(0, n) for n in value.shape)] = value
+    return full

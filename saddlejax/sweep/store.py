@@ -1,0 +1,226 @@
+"""Where the results of a sweep go: to memory, or to a Zarr store on disk that survives any end of the program."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from .describe import differences, versions
+from .grid import Axis, Block, Grid, size
+from .problem import FAILED, AbstractProblem, blank, fill_value
+
+STATUS = "status"
+SPECIFICATION = "saddlejax_sweep"
+
+
+class MemoryStore:
+    """Results kept in memory."""
+
+    def __init__(self, problem: AbstractProblem, block_shape: Sequence[int]):
+        self.block_shape = tuple(block_shape)
+        self.problem = problem
+        grid = problem.grid
+        values = blank(problem.outputs, grid.lanes)
+        self.values = {name: value.reshape(*grid.shape, *value.shape[1:]) for name, value in values.items()}
+
+    def missing(self) -> list[Block]:
+        """The blocks yet to compute."""
+        return list(self.problem.grid.blocks(self.block_shape))
+
+    def write(self, block: Block, values: dict[str, np.ndarray]) -> None:
+        """Keep the results of a block."""
+        for name, value in values.items():
+            self.values[name][block] = value.reshape(*size(block), *value.shape[1:])
+
+    def dataset(self) -> xr.Dataset:
+        """All results."""
+        return assemble(self.problem, self.values, provenance(self.problem))
+
+
+class ZarrStore:
+    """Results in a folder, in Zarr's format, readable with `xarray.open_zarr` at any moment.
+
+    Every block is one file for each variable, with a checksum, put in place by renaming; `status` comes last. A block
+    counts as done where all its files are there and sound, and none of its lanes failed.
+    """
+
+    def __init__(self, path: str | Path, problem: AbstractProblem, block_shape: Sequence[int]):
+        self.path, self.problem = Path(path), problem
+        if not self.path.exists():
+            self._create(block_shape)
+        self.attributes = self._check_specification()
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a block of NaN is a file as well
+            self.arrays = {name: zarr.open_array(self.path / name, mode="r+") for name in (*problem.outputs, STATUS)}
+        self.block_shape = tuple(self.arrays[STATUS].chunks)
+
+    def _create(self, block_shape: Sequence[int]) -> None:
+        """Make the store complete but for its blocks under another name, then rename it."""
+        new = self.path.with_name(f".{self.path.name}.new")
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            self._lay_out(new, tuple(block_shape))
+            new.rename(self.path)
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"store cannot be created: {error.strerror or error}. Choose a folder that can be written",
+                str(self.path),
+            ) from error
+
+    def _lay_out(self, path: Path, block_shape: tuple[int, ...]) -> None:
+        problem, grid = self.problem, self.problem.grid
+        attributes: dict[str, Any] = {**provenance(problem), SPECIFICATION: problem.specification()}
+        group = zarr.create_group(path, attributes=attributes)
+        for axis in grid.axes:
+            labels = _labels(axis)
+            array = group.create_array(
+                axis.name,
+                shape=labels.shape,
+                dtype=_storable(labels),
+                dimension_names=(axis.name,),
+                attributes={"long_name": axis.meaning},
+            )
+            array[:] = labels
+        compressors = (ZstdCodec(level=3), Crc32cCodec())
+        for name, output in problem.outputs.items():
+            group.create_array(
+                name,
+                shape=(*grid.shape, *output.shape),
+                chunks=(*block_shape, *(max(1, n) for n in output.shape)),
+                dtype=output.dtype,
+                fill_value=fill_value(output.dtype),
+                compressors=compressors,
+                dimension_names=_dims(grid, name, output.variable.dims, output.shape),
+                attributes=_attributes(output.variable),
+            )
+        group.create_array(
+            STATUS,
+            shape=grid.shape,
+            chunks=block_shape,
+            dtype=str,
+            fill_value="",
+            compressors=compressors,
+            dimension_names=grid.dims,
+            attributes={"long_name": "outcome; empty where not computed yet"},
+        )
+
+    def _check_specification(self) -> dict[str, Any]:
+        try:
+            attributes = dict(zarr.open_group(self.path, mode="r+", zarr_format=3).attrs)
+            stored = attributes.pop(SPECIFICATION)
+        except PermissionError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"store must be a new folder or one that a sweep wrote, but {self.path} is neither ({error})."
+            ) from error
+        asked = json.loads(json.dumps(self.problem.specification()))
+        differing = differences(stored, asked)
+        if differing:
+            lines = "\n".join(f"  {line}" for line in differing)
+            raise ValueError(
+                f"store must hold the sweep asked for, but {self.path} holds another. What differs:\n{lines}\n"
+                "Choose another store for the new sweep."
+            )
+        now = versions()
+        before = {name: attributes.get(name) for name in now}
+        changed = [f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]]
+        if changed:
+            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(changed)}.", stacklevel=4)
+        return attributes
+
+    def missing(self) -> list[Block]:
+        """The blocks yet to compute, damaged ones and ones with failed lanes among them."""
+        damaged: list[Block] = []
+        missing = [block for block in self.problem.grid.blocks(self.block_shape) if not self._done(block, damaged)]
+        if damaged:
+            places = ", ".join(str(self._file(STATUS, block).relative_to(self.path)) for block in damaged[:5])
+            warnings.warn(
+                f"{self.path} has {len(damaged)} damaged blocks ({places}{', …' if len(damaged) > 5 else ''}), which are "
+                "computed again.",
+                stacklevel=4,
+            )
+        return missing
+
+    def _done(self, block: Block, damaged: list[Block]) -> bool:
+        files = [self._file(name, block) for name in (STATUS, *self.problem.outputs)]
+        if not files[0].exists():
+            return False
+        if not all(file.exists() for file in files):
+            damaged.append(block)
+            return False
+        try:
+            status = self.arrays[STATUS][block]
+            for name in self.problem.outputs:
+                self.arrays[name][block]
+        except Exception:
+            damaged.append(block)
+            return False
+        return not any(str(one) == "" or str(one).startswith(FAILED) for one in np.ravel(status))
+
+    def _file(self, name: str, block: Block) -> Path:
+        array = self.arrays[name]
+        position = [part.start // step for part, step in zip(block, self.block_shape, strict=True)]
+        return self.path / name / "/".join(["c", *map(str, (*position, *[0] * (array.ndim - len(position))))])
+
+    def write(self, block: Block, values: dict[str, np.ndarray]) -> None:
+        """Write a block, its status last."""
+        try:
+            for name in (*self.problem.outputs, STATUS):
+                value = values[name]
+                self.arrays[name][block] = value.reshape(*size(block), *value.shape[1:])
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"a block of the sweep cannot be written: {error.strerror or error}. What was written before is safe; "
+                "make room and call the sweep again to go on",
+                str(self.path),
+            ) from error
+
+    def dataset(self) -> xr.Dataset:
+        """All results, loaded."""
+        values = {name: np.asarray(array[...]) for name, array in self.arrays.items()}
+        return assemble(self.problem, values, self.attributes)
+
+
+def assemble(problem: AbstractProblem, values: dict[str, np.ndarray], attributes: dict[str, Any]) -> xr.Dataset:
+    """The results as a dataset."""
+    grid = problem.grid
+    data = {
+        name: (_dims(grid, name, output.variable.dims, output.shape), values[name], _attributes(output.variable))
+        for name, output in problem.outputs.items()
+    }
+    words = np.asarray(values[STATUS].tolist(), dtype=str)
+    coordinates = {axis.name: (axis.name, _labels(axis), {"long_name": axis.meaning}) for axis in grid.axes}
+    return xr.Dataset({STATUS: (grid.dims, words, {"long_name": "outcome"}), **data}, coordinates, attrs=attributes)
+
+
+def provenance(problem: AbstractProblem) -> dict[str, str]:
+    """The attributes of the results."""
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**problem.attributes(), **versions(), "begun": begun}
+
+
+def _dims(grid: Grid, name: str, own: tuple[str, ...] | None, shape: tuple[int, ...]) -> tuple[str, ...]:
+    return (*grid.dims, *(own if own is not None else [f"{name}_{axis}" for axis in range(len(shape))]))
+
+
+def _attributes(variable: Any) -> dict[str, Any]:
+    return {"long_name": variable.meaning, "units": variable.units}
+
+
+def _labels(axis: Axis) -> np.ndarray:
+    return np.asarray(axis.labels)
+
+
+def _storable(labels: np.ndarray) -> Any:
+    return labels.dtype if labels.dtype.kind in "biuf" else str
