@@ -1,5 +1,7 @@
 """Which layers of a network are small: its bottleneck."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -34,8 +36,8 @@ def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
     return tuple(sorted(int(layer) for layer in order[: int(np.argmax(gaps)) + 1]))
 
 
-def chosen_layers(net: AbstractNetwork, layers: object) -> tuple[int, ...]:
+def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> tuple[int, ...]:
     """The layers an argument names, or the bottleneck of the network where it is None."""
     if layers is None:
         return bottleneck_layers(net)
-    return _check.layer_indices(layers if isinstance(layers, int) else tuple(layers), net.depth)  # type: ignore[call-overload]
+    return _check.layer_indices(layers, net.depth)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from scipy.optimize import root_scalar
 
 from . import _check
+from .activations import Activation
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Save, Status, gradient_flow
 from .flow.result import power_of_ten
@@ -159,7 +160,7 @@ class UpperLayers(AbstractNetwork):
 
     weights: Weights
     multipliers: Weights
-    activation: Tangent = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
 
     def matrices(self) -> Weights:
         """The matrices that multiply the signals."""
@@ -180,7 +181,9 @@ def leading_order_problem(net: AbstractNetwork, task: Task, slopes: Tangent, fir
     else:
         x, y = features, pulls * task.samples
     multipliers = net.with_weights([jnp.ones_like(w) for w in net.weights]).matrices()
-    return UpperLayers(net.weights[first:], multipliers[first:], slopes), Task(x, y, one_minus_overlap)
+    return UpperLayers(weights=net.weights[first:], multipliers=multipliers[first:], activation=slopes), Task(
+        x, y, one_minus_overlap
+    )
 
 
 def one_minus_overlap(prediction: Float[Array, " out"], target: Float[Array, " out"]) -> Float[Array, ""]:

@@ -23,8 +23,8 @@ def hidden_labels(blocks: Blocks, widths: Sequence[int], argument: str = "blocks
 
     **Raises:** `ValueError` for more blocks than neurons, a wrong number of layers or labels, or labels left out.
     """
-    if _is_whole(blocks):
-        blocks = [blocks] * len(widths)
+    if isinstance(blocks, int | np.integer) and _is_whole(blocks):
+        blocks = [int(blocks)] * len(widths)
     if isinstance(blocks, str) or not isinstance(blocks, Sequence) or len(blocks) != len(widths):
         raise _check.fail(
             argument,

@@ -35,7 +35,7 @@ def reduce(net: MLP, blocks: Blocks = 1) -> BlockMLP:
     labels = _labels(net, blocks)
     if _check.is_concrete(net.weights):
         _refuse_asymmetric(net, blocks)
-    return BlockMLP(compress(net.weights, labels), labels, net.activation)
+    return BlockMLP(weights=compress(net.weights, labels), labels=labels, activation=net.activation)
 
 
 def expand(small: AbstractNetwork, widths: int | Sequence[int] | None = None) -> MLP:

@@ -128,6 +128,6 @@ def off_block_growth(net: AbstractNetwork, task: Task, count: int = 1) -> Float[
     """
 
     def off_diagonal(weights: Weights) -> Weights:
-        return tuple(w - jnp.eye(*w.shape, dtype=w.dtype) * w for w in weights)
+        return tuple(w - jnp.eye(w.shape[0], w.shape[1], dtype=w.dtype) * w for w in weights)
 
     return growth_rates(net, task, off_diagonal, count)
