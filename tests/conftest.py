@@ -7,6 +7,6 @@ import os
 
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_enable_x64", True)
