@@ -37,13 +37,14 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=12, help="random starts for each depth")
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 8])
     parser.add_argument("--problems", type=int, default=12, help="random problems in the search")
-    parser.add_argument("--samples", type=int, default=8000, help="most samples in the memory test")
+    parser.add_argument("--samples", type=int, default=8000, help="samples in the memory test")
+    parser.add_argument("--full", action="store_true", help="memory test at 60,000 × 784, width 1,000 (minutes)")
     parser.add_argument("--json", help="file to write all numbers to")
     options = parser.parse_args()
     results = {
         "work": work(options.depths, options.starts),
         "search": search(options.problems),
-        "memory": memory(options.samples),
+        "memory": memory(60_000, 784, 1000, (1,)) if options.full else memory(options.samples, 200, 250, (0.25, 1, 4)),
     }
     if options.json:
         with open(options.json, "w") as file:
@@ -204,17 +205,17 @@ def problem(number: int) -> tuple[str, sj.Task]:
     return f"{samples} signs in {inputs}-d, seed {number}", sj.Task(x, y[:, None])
 
 
-def memory(samples: int) -> list[dict]:
-    """Temporary memory and time of one gradient of the speed: 200 inputs, width 250, depth 6, in single precision."""
-    table = Table(title="One gradient: 200 inputs, width 250, depth 6, float32")
+def memory(samples: int, inputs: int, width: int, factors: tuple[float, ...]) -> list[dict]:
+    """Temporary memory and time of one gradient of the speed, depth 6, in single precision."""
+    table = Table(title=f"One gradient: {inputs} inputs, width {width}, depth 6, float32")
     for column in ("samples", "temporary memory (MB)", "inputs (MB)", "seconds"):
         table.add_column(column, justify="right")
-    sizes = (200, *[250] * 5, 10)
+    sizes = (inputs, *[width] * 5, 10)
     weights = lane(random_starts(sizes, 1, jax.random.key(0), jnp.dtype("float32")), 0)
     rows = []
-    for count in (samples // 4, samples, 4 * samples):
+    for count in (round(factor * samples) for factor in factors):
         rng = np.random.default_rng(0)
-        x, y = (jnp.asarray(rng.normal(size=(count, n)), "float32") for n in (200, 10))
+        x, y = (jnp.asarray(rng.normal(size=(count, n)), "float32") for n in (inputs, 10))
         origin = Origin(sj.Task(x, y), tangent("relu"))
         compiled = jax.jit(jax.value_and_grad(energy)).lower(weights, origin).compile()
         compiled(weights, origin)
