@@ -213,8 +213,9 @@ def staircase(
     console.print(_plateau_table(found))
     numbers, figure = out / "staircase.json", out / "staircase.png"
     numbers.write_text(json.dumps(found.record(), indent=2))
-    axes = plot.staircase(flow, layer=layer)
-    axes[0].figure.savefig(figure, dpi=160)
+    canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
+    plot.staircase(flow, axes, layer=layer)
+    canvas.savefig(figure, dpi=160)
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 

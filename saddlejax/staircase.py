@@ -225,7 +225,8 @@ def _left_for_good(
             break
         last = worst == len(bottoms) - 1
         drop = worst if last or slopes[bottoms[worst]] > slopes[bottoms[worst + 1]] else worst + 1
-        bottoms, heights = ([x for i, x in enumerate(xs) if i != drop] for xs in (bottoms, heights))
+        bottoms = [x for i, x in enumerate(bottoms) if i != drop]
+        heights = [x for i, x in enumerate(heights) if i != drop]
     return bottoms, heights
 
 

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..networks import safe_norm
 from .krylov import KrylovSpace, krylov_space, phi
@@ -118,8 +118,8 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
         y0: PyTree,
         args: Any,
         solver_state: Work,
-        made_jump: Bool[Array, ""] | bool,
-    ) -> tuple[PyTree, PyTree, dict[str, Any], Work, dfx.RESULTS]:
+        made_jump: Any,
+    ) -> tuple[PyTree, PyTree, dict[str, Any], Work, Any]:
         """One step from `t0` to `t1`."""
         del made_jump
         start, unravel = ravel_pytree(y0)
