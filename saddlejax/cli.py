@@ -1,11 +1,13 @@
 """The command line."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import jax
 import matplotlib
+import matplotlib.pyplot as plt
 import typer
 import xarray as xr
 from rich.box import SIMPLE_HEAD
@@ -199,10 +201,11 @@ def staircase(
         console.print(f"{task}\nnetwork: {net}, init scale {scale:g}")
         with _progress() as bar:
             job = bar.add_task("flow", total=None)
-            flow = gradient_flow(net, task, target, stiff=True, rtol=rtol, save=Save(weights=True), max_steps=max_steps)
+            run = partial(gradient_flow, net, task, target, stiff=True, save=Save(weights=True), max_steps=max_steps)
+            flow = run(rtol=rtol)
             bar.update(job, total=1, completed=1)
             job = bar.add_task("the same at another tolerance", total=None)
-            check = gradient_flow(net, task, target, stiff=True, rtol=CHECK * rtol, max_steps=max_steps)
+            check = run(rtol=CHECK * rtol)
             bar.update(job, total=1, completed=1)
             job = bar.add_task("saddles" if polish else "plateaus", total=None)
             found = flow.plateaus(polish=polish, check=check)
@@ -216,6 +219,7 @@ def staircase(
     canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
     plot.staircase(flow, axes, layer=layer)
     canvas.savefig(figure, dpi=160)
+    plt.close(canvas)
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 
@@ -326,8 +330,6 @@ def _cells(cell: xr.Dataset, r: int) -> list[str]:
 
 
 def _figure(results: xr.Dataset, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     names = [str(name) for name in results.activation.values]
     figure, axes = plt.subplots(
         2,
