@@ -50,6 +50,16 @@ def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
     assert (tmp_path / "saddlejax-direction" / "directions.png").stat().st_size > 10_000
 
 
+def test_staircase_writes_a_table_a_figure_and_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ("staircase", "--depth", "2", "--width", "4", "--no-polish"))
+    assert done.exit_code == 0, done.output
+    kept = json.loads((tmp_path / "saddlejax-staircase" / "staircase.json").read_text())
+    np.testing.assert_allclose([p["loss"] for p in kept], [10.625, 2.625, 0.625, 0.125], rtol=1e-2)
+    assert kept[0]["log_start"] is None
+    assert (tmp_path / "saddlejax-staircase" / "staircase.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -59,6 +69,7 @@ def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
         (("escape", "--scale=-1"), "scale must be positive"),
         (("escape", "--samples", "5000"), "at most 1797"),
         (("direction", "--activation", "sigmoid", "--depth", "2"), "σ(0)"),
+        (("staircase", "--layer", "9"), "layers must hold indices between 0 and 3"),
     ],
 )
 def test_bad_options_end_with_a_message_and_no_traceback(tmp_path, monkeypatch, options, words):

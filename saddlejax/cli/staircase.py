@@ -1,6 +1,7 @@
 """A network's way from saddle to saddle."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -73,10 +74,11 @@ def staircase(
         console.print(f"{task}\nnetwork: {net}, init scale {scale:g}")
         with progress_bar() as bar:
             job = bar.add_task("flow", total=None)
-            flow = gradient_flow(net, task, target, stiff=True, rtol=rtol, save=Save(weights=True), max_steps=max_steps)
+            run = partial(gradient_flow, net, task, target, stiff=True, save=Save(weights=True), max_steps=max_steps)
+            flow = run(rtol=rtol)
             bar.update(job, total=1, completed=1)
             job = bar.add_task("the same at another tolerance", total=None)
-            check = gradient_flow(net, task, target, stiff=True, rtol=CHECK * rtol, max_steps=max_steps)
+            check = run(rtol=CHECK * rtol)
             bar.update(job, total=1, completed=1)
             job = bar.add_task("saddles" if polish else "plateaus", total=None)
             found = flow.plateaus(polish=polish, check=check)
@@ -90,6 +92,7 @@ def staircase(
     canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
     plot.staircase(flow, axes, layer=layer)
     canvas.savefig(figure, dpi=160)
+    plt.close(canvas)
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 
