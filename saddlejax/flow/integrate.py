@@ -38,7 +38,7 @@ class Progress(eqx.Module):
     has_risen: Bool[Array, ""]
     last_s: Float[Array, ""]
     last_condition: Float[Array, ""]
-    last_dense: PyTree
+    memory: PyTree
     rows: Row
     next_row: Int[Array, ""]
     attempts: Int[Array, ""]
@@ -116,7 +116,7 @@ def _integrate(
 
     def body(p: Progress) -> Progress:
         attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind)
-        after, new_rate, dense = attempt.after, attempt.rate, attempt.dense
+        after, new_rate = attempt.after, attempt.rate
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
         # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
         size = jnp.maximum(jnp.abs(old_loss), jnp.sqrt(jnp.abs(old_loss * plateau)))
@@ -145,9 +145,8 @@ def _integrate(
         rows, next_row = p.rows, p.next_row
         if save.times is not None:
             limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
-            rows, next_row = _rows_at_times(
-                save, field, method, dense, p.s, p.step.size, rows, next_row, limit, kind, p.accepted + 1
-            )
+            within = method.interpolation(p.s, p.s + p.step.size, attempt.dense)
+            rows, next_row = _rows_at_times(save, field, within, rows, next_row, limit, kind, p.accepted + 1)
         elif save.steps:
             write = accepted & ~ended
             rows = _write(rows, row(save, field, after, new_rate, p.accepted + 1), next_row, write)
@@ -163,7 +162,8 @@ def _integrate(
             has_risen=p.has_risen | (accepted & (condition < 0)),
             last_s=jnp.where(accepted, p.s, p.last_s),
             last_condition=jnp.where(accepted, p.condition, p.last_condition),
-            last_dense=keep(dense, p.last_dense),
+            # Wanted only where this step ends the flow, and so was accepted.
+            memory=method.remember(attempt, p.state, p.rate, p.step.size),
             rows=rows,
             next_row=next_row,
             attempts=p.attempts + 1,
@@ -190,7 +190,8 @@ def _integrate(
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    dense = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind).dense
+    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind)
+    memory = eqx.filter_eval_shape(method.remember, tried, state, rate, zero)
     progress = Progress(
         s=zero,
         state=state,
@@ -200,7 +201,7 @@ def _integrate(
         has_risen=condition < 0,
         last_s=zero,
         last_condition=condition,
-        last_dense=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dense),
+        memory=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), memory),
         rows=rows,
         next_row=jnp.asarray(0 if save.times is not None else 1),
         attempts=jnp.asarray(0),
@@ -214,7 +215,8 @@ def _integrate(
 
     ended = p.status == until.reached
     last_end = jnp.where(p.accepted > 0, p.s, 1)
-    interpolation = method.interpolation(p.last_s, last_end, p.last_dense)
+    recalled = method.recall(field, p.last_s, last_end, p.memory)
+    interpolation = recalled.interpolation
     s_end, evaluations = _locate(until, field, interpolation, p, ended, method.end_tolerance * rtol)
     inside = interpolation.evaluate(s_end)
     state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
@@ -222,9 +224,7 @@ def _integrate(
     rows, count = p.rows, p.next_row
     if save.times is not None:
         limit = jnp.where(ended, log_time, -jnp.inf)
-        rows, count = _rows_at_times(
-            save, field, method, p.last_dense, p.last_s, p.s - p.last_s, rows, count, limit, kind, p.accepted
-        )
+        rows, count = _rows_at_times(save, field, interpolation, rows, count, limit, kind, p.accepted)
     else:
         write = ended | (not save.steps)
         rows = _write(rows, row(save, field, state, field(s_end, state, None), p.accepted), count, write)
@@ -241,8 +241,8 @@ def _integrate(
         first_imbalance=first.imbalance,
         steps=p.accepted,
         rejected_steps=p.attempts - p.accepted,
-        gradient_evaluations=1 + p.gradients + curvature * evaluations + extra_rows,
-        hessian_vector_products=p.products + curvature * (1 + p.attempts + evaluations),
+        gradient_evaluations=1 + p.gradients + ended * recalled.gradients + curvature * evaluations + extra_rows,
+        hessian_vector_products=p.products + ended * recalled.products + curvature * (1 + p.attempts + evaluations),
     )
 
 
@@ -276,10 +276,7 @@ def _time_at(params: tuple, s: Array) -> Array:
 def _rows_at_times(
     save: Save,
     field: PlateauField,
-    method: AbstractMethod,
-    dense: PyTree,
-    s: Array,
-    size: Array,
+    interpolation: dfx.AbstractLocalInterpolation,
     rows: Row,
     next_row: Array,
     limit: Array,
@@ -288,8 +285,8 @@ def _rows_at_times(
 ) -> tuple[Row, Array]:
     """Write the rows of the times asked for, up to the logarithmic time `limit`, that lie within a step."""
     assert save.times is not None
+    s, end = jnp.asarray(interpolation.t0), jnp.asarray(interpolation.t1)
     log_times = jnp.log(save.times).astype(s.dtype)
-    interpolation = method.interpolation(s, s + size, dense)
 
     def waiting(carry: tuple[Row, Array]) -> Array:
         index = carry[1]
@@ -300,9 +297,9 @@ def _rows_at_times(
         # In units of τ(θ_0), as the state holds it: nearly linear in s from the first step on.
         log_time = log_times[jnp.minimum(index, log_times.size - 1)]
         params = (interpolation, jnp.exp(log_time - field.log_time_unit))
-        bracket = jax.lax.stop_gradient((s, s + size))
+        bracket = jax.lax.stop_gradient((s, end))
         ends = jax.lax.stop_gradient(tuple(_time_at(params, end) for end in bracket))
-        at, _ = crossing(params, bracket, ends, 4 * jnp.finfo(s.dtype).eps * size, function=_time_at)
+        at, _ = crossing(params, bracket, ends, 4 * jnp.finfo(s.dtype).eps * (end - s), function=_time_at)
         state = interpolation.evaluate(at)
         return _write(rows, row(save, field, state, field(at, state, None), steps), index, jnp.asarray(True)), index + 1
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -68,10 +69,16 @@ def krylov_space(
 
     Lanczos with one pass of reorthogonalisation. The error after `m` vectors is estimated by its leading term
     `‖v‖ t_{m+1,m} [r(T)]_{m,1} v_{m+1}` (Saad, SIAM J. Numer. Anal. 29, 1992), where `r(z)` is the `remainder`
-    `(g(z) − g(0))/z` of the function (`v` is the `vector`), and compared with the `tolerance` in the norm `measure` after every four vectors.
-    At most `size` vectors are spent; what is then left is returned as an error and not hidden.
+    `(g(z) − g(0))/z` of the function (`v` is the `vector`), and compared with the `tolerance` in the norm `measure`
+    after every four vectors. At most `size` vectors are spent; what is then left is returned as an error and not hidden.
     """
     size = CHECK_EVERY * -(-min(size, vector.size) // CHECK_EVERY)
+
+    def orthogonalise(basis: Array, block: Array, rest: Array) -> Array:
+        # Block by block of the vectors there are: most spaces use a few of the rows that they have room for.
+        rows = jax.lax.dynamic_slice_in_dim(basis, block * CHECK_EVERY, CHECK_EVERY)
+        return rest - jnp.matmul(jnp.matmul(rows, rest, precision="highest"), rows, precision="highest")
+
     eps = jnp.finfo(vector.dtype).eps
     norm = safe_norm(vector)
     first = vector / jnp.where(norm > 0, norm, 1)
@@ -82,7 +89,7 @@ def krylov_space(
         image = product(basis[k])
         alpha = jnp.dot(basis[k], image, precision="highest")
         rest = image - alpha * basis[k] - jnp.where(k > 0, beside[k - 1], 0) * basis[k - 1]
-        rest = rest - jnp.matmul(jnp.matmul(basis, rest, precision="highest"), basis, precision="highest")
+        rest = jax.lax.fori_loop(0, k // CHECK_EVERY + 1, partial(orthogonalise, basis), rest)
         beta = jnp.linalg.norm(rest)
         # What is left of a closed space is rounding.
         more = beta > CLOSED * eps * jnp.linalg.norm(image)

@@ -45,6 +45,14 @@ class Attempt(NamedTuple):
     settled: Bool[Array, ""]
 
 
+class Recalled(NamedTuple):
+    """The states within the last step, with the gradients and Hessian-vector products it took to see them again."""
+
+    interpolation: dfx.AbstractLocalInterpolation
+    gradients: Int[Array, ""]
+    products: Int[Array, ""]
+
+
 class AbstractMethod(eqx.Module):
     """A way to take a step of size `size` in the plateau clock `s`."""
 
@@ -70,6 +78,14 @@ class AbstractMethod(eqx.Module):
     @abc.abstractmethod
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         """The states within a step, a function of `s`."""
+
+    @abc.abstractmethod
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+        """What to carry from step to step so that `recall` can look into the last one."""
+
+    @abc.abstractmethod
+    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
+        """The states within the step that is remembered."""
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -105,6 +121,12 @@ class Explicit(AbstractMethod):
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
+
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+        return attempt.dense
+
+    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
+        return Recalled(self.interpolation(s0, s1, memory), jnp.asarray(0), jnp.asarray(0))
 
     def describe(self) -> str:
         return type(self.solver).__name__
@@ -224,6 +246,15 @@ class Exponential(AbstractMethod):
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         return StepInterpolation(t0=s0, t1=s1, **dense)
+
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+        # The Krylov spaces are large and nearly never looked at: the last step is rather taken once more.
+        return state, rate, size
+
+    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
+        state, rate, size = memory
+        again = self.attempt(field, s0, state, rate, size, "lax")
+        return Recalled(self.interpolation(s0, s1, again.dense), again.gradients, again.products)
 
     def describe(self) -> str:
         return f"exponential Rosenbrock with up to {self.krylov_size} Lanczos vectors"
