@@ -8,5 +8,13 @@ import os
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """Every compiled function maps memory, of which Linux lets a process have a limited number of pieces."""
+    yield
+    jax.clear_caches()
