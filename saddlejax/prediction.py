@@ -12,14 +12,14 @@ from scipy.optimize import root_scalar
 from . import _check
 from .activations import Activation
 from .bottleneck import chosen_layers, init_scales
-from .flow import Escape, Save, Status, gradient_flow
+from .flow import Escape, Flow, Save, Status, gradient_flow
 from .flow.result import power_of_ten
 from .networks import AbstractNetwork, Weights, layer_norms, preactivations, predict, scale_layers
 from .saddle.origin import Tangent, pull, tangent
 from .tasks.task import Task, check_fits, match_precision, zero_loss
 
 FIRST_GUESS = 0.1
-FACTOR_LIMITS = (1e-12, 1e6)
+MOST_STRIDES = 6
 TOLERANCE = 1e-4
 
 
@@ -27,7 +27,7 @@ class EscapePrediction(eqx.Module):
     """When a network should leave its plateau, and what that rests on.
 
     - `log_time`: logarithm of the predicted escape time `τ` in the time of `dθ/dt = −∇𝓛`; NaN where `status` is not
-      `escaped`.
+      `escaped`: a network that starts beyond the predicted escape has no plateau (`met_at_start`).
     - `learning_rate`: steps of gradient descent are `τ` over it; None where none was given.
     - `layers`: the bottleneck, `r` layers counted from 0, and their `scales` `‖W_l‖/√(2 n_l)`.
     - `speed`: `K` in `dγ/dt ∝ K`, the signal energy at the end over the product of the bottleneck layers' norms.
@@ -138,7 +138,7 @@ def predict_escape(
         # The direction hardly depends on how far the flow is followed: the first pass finds it, the second the time.
         # A loss of 1 − γ/(2 reach) falls to half of its value at zero weights where γ = reach, 2 reach times slower.
         scaled = Task(linear_task.x, linear_task.y / (2 * reach), one_minus_overlap)
-        flow = gradient_flow(small, scaled, Escape(loss_fraction=0.5), save=Save(steps=False, singular_values=False))
+        flow = _follow(small, scaled)
         log_time = flow.log_escape_time - jnp.log(2 * reach)
         cost = cost + flow.stats["gradient_evaluations"]
         last, reach = reach, _steepest(flow.net, net, task, chosen)
@@ -153,6 +153,11 @@ def predict_escape(
         status=flow.status,
         gradient_evaluations=cost,
     )
+
+
+@eqx.filter_jit
+def _follow(net: AbstractNetwork, task: Task) -> Flow:
+    return gradient_flow(net, task, Escape(loss_fraction=0.5), save=Save(steps=False, singular_values=False))
 
 
 class UpperLayers(AbstractNetwork):
@@ -217,7 +222,7 @@ def scale_for_steps(
     Any larger factor makes it shorter. Found by following the predictions of [`saddlejax.predict_escape`][] in the
     factor; `saddlejax.scale_layers(net, factor, layers)` applies it.
 
-    **Raises:** `ValueError` where no factor between 1e-12 and 1e6 has such a plateau.
+    **Raises:** `ValueError` where no factor between 1e-20 and 1e20 has such a plateau.
     """
     _check.positive_number("steps", steps)
     _check.positive_number("learning_rate", learning_rate)
@@ -229,22 +234,17 @@ def scale_for_steps(
         value = float(predict_escape(scaled, task, layers=chosen).log_time) - target
         return value if np.isfinite(value) else -np.inf
 
-    # The time falls with the scale: look for a change of sign from the present scale on, in growing strides.
-    low = high = 0.0
-    stride, here = np.log(10.0), excess(0.0)
-    limits = np.log(FACTOR_LIMITS)
-    other, value = 0.0, here
-    while (value > 0) == (here > 0) and limits[0] <= other <= limits[1]:
-        low, high = min(other, low), max(other, high)
+    # The time falls with the scale: go to where the plateau is too short, or too long, in growing strides.
+    here, other, stride = excess(0.0), 0.0, np.log(10.0)
+    for _ in range(MOST_STRIDES):
         other += stride if here > 0 else -stride
-        value = excess(other)
+        if (excess(other) > 0) != (here > 0):
+            break
         stride *= 1.5
-    if (value > 0) == (here > 0):
+    else:
         raise _check.fail("steps", "be a length that the plateau has at some scale", steps)
-    found = root_scalar(
-        lambda log_factor: max(excess(log_factor), -50.0), bracket=sorted((0.0, other)), xtol=TOLERANCE, method="brentq"
-    )
-    return float(np.exp(found.root))
+    bounded = lambda log_factor: max(excess(log_factor), -50.0)  # noqa: E731
+    return float(np.exp(root_scalar(bounded, bracket=sorted((0.0, other)), xtol=TOLERANCE, method="brentq").root))
 
 
 def bottleneck_for_steps(net: AbstractNetwork, task: Task, scale: float, steps: float, learning_rate: float) -> int:
