@@ -251,3 +251,22 @@ def test_off_block_growth_at_the_saddles_of_a_linear_network():
         # Not only the largest: the slowest decay of a learned block that carries another mode is there too.
     rates = manifold.off_block_growth(saddle(np.array([True, False, False])), task, 3)
     np.testing.assert_allclose(rates[1:], [2 * (2 - 4), 2 * (1 - 4)], rtol=1e-8)
+
+
+def test_off_block_couplings_grow_on_the_second_plateau_of_a_tanh_network():
+    nodes, weights = np.polynomial.hermite_e.hermegauss(12)
+    x = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 2)
+    task = sj.Task(x, x * np.array([2.0, 1.0]), sample_weights=np.outer(weights, weights).ravel() / weights.sum() ** 2)
+    aligned = sj.MLP.from_weights([0.01 * np.eye(2)] * 3, "tanh")
+    net = manifold.reduce(manifold.expand(aligned, 20), 2)
+    # The first mode takes 2 of the loss 2.5; what is left of it and the second mode keep the flow above 0.51.
+    flow = sj.gradient_flow(net, task, sj.Loss(0.52), save=SMALL)
+    assert flow.status == sj.Status.loss_reached
+    couplings = [np.asarray(w - np.diag(np.diag(w))) for w in flow.net.weights]
+    assert max(np.max(np.abs(c)) for c in couplings) < 1e-10
+    rate = manifold.off_block_growth(flow.net, task)[0]
+    dense = ravel_pytree(flow.net.weights)
+    hessian = jax.hessian(lambda w: task_loss(flow.net.with_weights(dense[1](w)), task))(dense[0])
+    off = np.flatnonzero(ravel_pytree(tuple(1 - np.eye(2) for _ in range(3)))[0])
+    assert float(rate) == pytest.approx(float(-np.linalg.eigvalsh(hessian[np.ix_(off, off)])[0]), rel=1e-6)
+    assert float(rate) > 0.005
