@@ -6,6 +6,7 @@ A line `expression  # → 1.9998` promises a result: numbers within two per cent
 import ast
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,18 @@ def test_site_builds_and_its_links_resolve(tmp_path):
     for name in ("saddlejax.gradient_flow", "saddlejax.sweep", "saddlejax.imbalance"):
         pages = (tmp_path / "site" / "reference").rglob("index.html")
         assert any(f'id="{name}"' in page.read_text() for page in pages), name
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[1-5]_*.py"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook_runs(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    runpy.run_path(str(notebook))
+    matplotlib.pyplot.close("all")
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) == 5
