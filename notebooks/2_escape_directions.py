@@ -60,7 +60,7 @@ print("(σ1/σ2)/l^¼:", np.asarray(sj.low_rank_margin(best.weights)))
 task = sj.tasks.digits()
 depths = (3, 4)
 directions = [
-    sj.escape_direction(task, [64, *[24] * (depth - 1), 10], "relu", starts=2, key=jax.random.key(depth))
+    sj.escape_direction(task, [64, *[24] * (depth - 1), 10], "relu", starts=4, key=jax.random.key(depth))
     for depth in depths
 ]
 for direction in directions:

@@ -62,8 +62,8 @@ assert [p.bottleneck_rank for p in plateaus] == [(k, k) for k in range(4)]
 
 # %%
 ends = np.exp([p.log_end for p in plateaus])
-print("ends of the plateaus      ", " ".join(f"{end:10.4g}" for end in ends))
-print("times S_j, relative to first", " ".join(f"{end * s / (ends[0] * strengths[0]):8.3f}" for end, s in zip(ends, strengths)))
+print("ends of the plateaus, relative to the first ", np.round(ends / ends[0], 3))
+print("S_1/S_j                                      ", np.round(strengths[0] / strengths, 3))
 
 # %% [markdown]
 # They are of that order; how far off depends on the initial weights, which are not aligned with the modes.

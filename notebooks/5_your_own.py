@@ -92,7 +92,9 @@ for name, run in (("momentum", momentum), ("Adam", adam)):
 figure, ax = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
 runs = (("gradient descent", descent), ("momentum 0.9", momentum), ("Adam", adam))
 for number, (name, run) in enumerate(runs):
-    ax.plot(run.steps[1:], run.losses[1:], color=sj.plot.COLOURS[number], linestyle=("-", "--", "-.")[number], label=name)
+    ax.plot(
+        run.steps[1:], run.losses[1:], color=sj.plot.COLOURS[number], linestyle=("-", "--", "-.")[number], label=name
+    )
 ax.axvline(2000, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
 ax.annotate("predicted", (2000, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35")
 ax.set(xscale="log", xlabel="step", ylabel=r"loss $\mathcal{L}$")
