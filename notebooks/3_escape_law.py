@@ -48,7 +48,8 @@ def quiet(*axes):
 task = sj.tasks.single_index(jnp.tanh, in_size=10, samples=200, key=jax.random.key(1))
 for name in ("relu", "tanh", "gelu", "softplus"):
     net = sj.MLP([10, 16, 16, 16, 1], name, key=jax.random.key(0))
-    slopes = jax.grad(lambda w, net=net: task.mean_loss(jax.vmap(net.with_weights(w))(task.x)))(net.weights)
+    loss = jax.jit(lambda w, net=net: task.mean_loss(jax.vmap(net.with_weights(w))(task.x)))
+    slopes = jax.grad(loss)(net.weights)
     pairings = np.asarray([jnp.vdot(w, g) for w, g in zip(net.weights, slopes, strict=True)])
     difference = np.abs(2 * (pairings[:-1] - pairings[1:]) - np.asarray(sj.imbalance_rate(net, task)))
     print(f"{name:9s} rate {np.asarray(sj.imbalance_rate(net, task)).round(4)}  difference {difference.max():.0e}")
