@@ -79,8 +79,8 @@ assert abs(step / 2000 - 1) < 0.05
 
 # %% [markdown]
 # ## Other optimisers
-# Momentum 0.9 moves ten times as fast along the plateau. Adam rescales the gradient and does not wait: its steps cover more and more
-# flow time the smaller the gradient is.
+# Momentum 0.9 moves nearly ten times as fast along the plateau. Adam rescales the gradient and hardly waits: its steps cover the more
+# flow time the smaller the gradient is. Their flow times at the escape are those of gradient flow, about 1000, within 30 %.
 
 # %%
 momentum = sj.gradient_descent(chosen, task, optax.sgd(rate, momentum=0.9), steps=1000)
