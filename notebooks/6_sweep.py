@@ -94,5 +94,5 @@ plt.show()
 # The store can be read at any time, from another process too.
 
 # %%
-so_far = xr.open_zarr("digits.zarr")
+so_far = xr.open_zarr("digits.zarr", consolidated=False)
 print(so_far.status.to_series().value_counts())
