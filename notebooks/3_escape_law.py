@@ -155,7 +155,7 @@ assert rate > 0
 # %% [markdown]
 # ## 4. The law for r = 3, 5, 8
 # Eight layers, of which the first `r` start at scale `ε`. Each point is `−d log τ/d log ε` of one network, by differentiating through its
-# escape.
+# escape. Points are missing where the weights are so large that there is no plateau to escape from.
 
 # %%
 scales = [0.5, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-5]
