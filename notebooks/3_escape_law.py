@@ -143,7 +143,7 @@ print(f"the norm of all weights has grown by a factor of {size(flow.net) / size(
 print("escape times:", {amount: round(time, 2) for amount, time in times.items()})
 
 # %% [markdown]
-# Relative to the weights, which grow a hundredfold, the distance hardly changes: perturbations across the manifold grow as the symmetric
+# Relative to the weights, which grow by a factor of 87, the distance hardly changes: perturbations across the manifold grow as the symmetric
 # part does. The manifold neither attracts nor repels here; a network that starts near it escapes at nearly the same time. The linearised
 # flow gives the growth rate across at the start, in units of `1/t`: it is positive.
 
