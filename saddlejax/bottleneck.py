@@ -7,20 +7,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from . import _check
+from .manifold.network import BlockMLP
 from .networks import AbstractNetwork, layer_norms
 
-GAP = 3.0
+LARGEST_SMALL = 1 / 3
 
 
 def init_scales(net: AbstractNetwork) -> Float[Array, " layers"]:
-    """The init scale of every layer, `‖W_l‖_F / √(2 n_l)`: near one for He-normal weights, `ε` after `scale_layers`."""
-    return layer_norms(net) / jnp.sqrt(2 * jnp.asarray(net.sizes[1:], net.weights[0].dtype))
+    """The init scale of every layer, `‖W_l‖_F / √(2 n_l)`: near one for He-normal weights, `ε` after `scale_layers`.
+
+    For a reduced network, the scales of the wide one.
+    """
+    sizes = net.wide_sizes if isinstance(net, BlockMLP) else net.sizes
+    return layer_norms(net) / jnp.sqrt(2 * jnp.asarray(sizes[1:], net.weights[0].dtype))
 
 
 def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
-    """The layers, counted from 0, that are small beside the others.
+    """The layers, counted from 0, that count as small.
 
-    Sorted by init scale, the layers below the widest gap if that is at least a factor of 3; else all of them.
+    Those whose init scale is nearer, as a ratio, to the smallest of the network's than to one, the scale of He-normal
+    weights; all of them where even the smallest is above a third.
 
     **Raises:** `ValueError` while JAX is tracing the weights: name the layers then.
     """
@@ -28,12 +34,10 @@ def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
         raise _check.fail(
             "layers", "be given where the weights are traced", None, "For instance layers=range(net.depth)."
         )
-    logs = np.log(np.maximum(np.asarray(init_scales(net), float), np.finfo(float).tiny))
-    order = np.argsort(logs)
-    gaps = np.diff(logs[order])
-    if gaps.size == 0 or np.max(gaps) < np.log(GAP):
+    scales = np.asarray(init_scales(net), float)
+    if np.min(scales) > LARGEST_SMALL:
         return tuple(range(net.depth))
-    return tuple(sorted(int(layer) for layer in order[: int(np.argmax(gaps)) + 1]))
+    return tuple(int(layer) for layer in np.flatnonzero(scales <= np.sqrt(np.min(scales))))
 
 
 def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> tuple[int, ...]:

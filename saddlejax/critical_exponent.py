@@ -31,7 +31,7 @@ def critical_exponent(
     **Arguments:**
 
     - `net`, `task`: as for [`saddlejax.gradient_flow`][].
-    - `layers`: the bottleneck, indices from 0; by default the layers that are small beside the others, or all.
+    - `layers`: the bottleneck, indices from 0; by default those of small init scale, see `saddlejax.bottleneck_layers`.
     - `until`: [`saddlejax.Escape`][]; by default the steepest point of the first descent.
     - `rtol`: of the flow.
 

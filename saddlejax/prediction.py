@@ -45,12 +45,19 @@ class EscapePrediction(eqx.Module):
     status: Status
     gradient_evaluations: Array
 
-    assumptions = (
-        "the network's output stays small until the escape, so that only the leading order of the loss counts",
-        "layers before the bottleneck stand still",
-        "the escape is the steepest point of a loss that is quadratic along the network's output",
-        "the learning rate is small enough for gradient descent to follow the flow (below 2/sharpness)",
-    )
+    @property
+    def assumptions(self) -> list[str]:
+        """What the prediction rests on, in words."""
+        texts = ["the network's output stays small until the escape, so that only the leading order of the loss counts"]
+        if self.layers[0] > 0:
+            texts.append("layers before the bottleneck stand still")
+        texts.append("the escape is the steepest point of a loss that is quadratic along the network's output")
+        if self.bottleneck <= 2:
+            texts.append(
+                "r ≤ 2: the end of the plateau counts as much as its length; expect errors of several per cent"
+            )
+        texts.append("the learning rate is small enough for gradient descent to follow the flow (below 2/sharpness)")
+        return texts
 
     @property
     def bottleneck(self) -> int:
@@ -75,6 +82,8 @@ class EscapePrediction(eqx.Module):
     def __str__(self) -> str:
         if not _check.is_concrete(self.log_time):
             return "EscapePrediction (being traced)"
+        if not np.isfinite(float(self.log_time)):
+            return f"Predicted escape: none ({Status[self.status]}); the layers are too large for a plateau"
         scales = ", ".join(f"{float(s):.3g}" for s in self.scales)
         lines = [
             "Predicted escape",
@@ -114,7 +123,7 @@ def predict_escape(
     - `net`: a network at its initialisation.
     - `task`: what it will be trained on.
     - `learning_rate`: to have the answer in steps.
-    - `layers`: the `r` bottleneck layers, indices from 0; by default those small beside the others, or all.
+    - `layers`: the `r` bottleneck layers, indices from 0; by default those of small init scale, see `saddlejax.bottleneck_layers`.
 
     **Returns:** a [`saddlejax.prediction.EscapePrediction`][]; `print` it for the numbers with their assumptions. Made for
     small weights: the relative error falls with the init scale, and is largest where `r ≤ 2`.
@@ -242,7 +251,12 @@ def scale_for_steps(
             break
         stride *= 1.5
     else:
-        raise _check.fail("steps", "be a length that the plateau has at some scale", steps)
+        longest = np.exp(min(target + excess(other), 700.0)) / learning_rate
+        remedy = "With two bottleneck layers the plateau grows like log 1/ε only." if len(chosen) == 2 else ""
+        reach = (
+            f"be a length that the plateau has at some scale: at {np.exp(other):.0e} times this one it is {longest:.3g}"
+        )
+        raise _check.fail("steps", reach, steps, remedy)
     bounded = lambda log_factor: max(excess(log_factor), -50.0)  # noqa: E731
     return float(np.exp(root_scalar(bounded, bracket=sorted((0.0, other)), xtol=TOLERANCE, method="brentq").root))
 

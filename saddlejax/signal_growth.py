@@ -33,8 +33,8 @@ def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
 
     While the loss is on its first plateau such a constant exists for a network with `r` bottleneck layers, and with
     `γ(0) ∝ ε^r` the bound gives an escape time of at most order `ε^{−(r−2)}` (Rawal & DeWeese, arXiv:2605.01288). The
-    smallest `constant` over the rows with positive energy is the constant found. At the very start a network may have
-    negative energy, which grows just as well.
+    smallest `constant` over the rows of the plateau (say, with a loss above 99 % of the first) that have positive energy is
+    the constant found. At the very start a network may have negative energy, which grows just as well.
 
     **Arguments:** `flow`, with its weights (`save=saddlejax.Save(weights=True)`); its `task`; `bottleneck`, `r`.
 
@@ -44,6 +44,8 @@ def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
     if flow.weights is None:
         raise _check.fail("flow", "have kept its weights", "one without", "Pass save=saddlejax.Save(weights=True).")
     check_fits(flow.net, task)
+    if bottleneck > flow.net.depth:
+        raise _check.fail("bottleneck", f"be at most the depth, {flow.net.depth}", bottleneck)
     net, task = match_precision(flow.net, task)
 
     def at(weights: Weights) -> tuple[Array, Array, Array]:

@@ -34,6 +34,15 @@ def test_default_tolerance_is_within_a_thousandth_of_a_tight_one(activation, dep
         assert relative(default.log_escape_time, tight.log_escape_time) < 1e-3
 
 
+def test_no_scale_is_an_outlier_on_a_balanced_chain():
+    # On one number a layer the certificate of the imbalance is blind, so that only the tolerance protects the time.
+    chain, task = sj.manifold.chain([1.0] * 3, lambda g: g, "tanh", 50)
+    for scale in np.geomspace(1e-4, 1e-2, 25):
+        net = sj.scale_layers(chain, scale)
+        default, tight = (sj.gradient_flow(net, task, save=SMALL, rtol=rtol) for rtol in (1e-4, 1e-8))
+        assert relative(default.log_escape_time, tight.log_escape_time) < 1e-3
+
+
 def fixed_step_escape(weights, x, y, activation, step, fraction=0.5):
     """Runge-Kutta of order 4 with fixed steps, in a clock of its own (`dt/ds = ‖θ‖/‖∇𝓛‖`), by plain JAX."""
     plateau = plain_loss([0 * w for w in weights], x, y, activation)

@@ -111,6 +111,10 @@ def test_bottleneck_is_found_from_the_weights():
     assert sj.bottleneck_layers(net) == (0, 1, 2, 3)
     assert sj.bottleneck_layers(sj.scale_layers(net, 1e-2)) == (0, 1, 2, 3)
     assert sj.bottleneck_layers(sj.scale_layers(net, 1e-1, [1, 3])) == (1, 3)
+    chain, _ = sj.manifold.chain([1e-3] * 3, jnp.tanh, "tanh", 50)
+    assert sj.bottleneck_layers(chain) == (0, 1, 2)
+    wide = sj.manifold.project(sj.scale_layers(sj.MLP([5, 8, 8, 3], key=jax.random.key(0)), 0.03), 2)
+    assert sj.bottleneck_layers(sj.manifold.reduce(wide, 2)) == sj.bottleneck_layers(wide) == (0, 1, 2)
     with pytest.raises(ValueError, match="layers must be given where the weights are traced"):
         jax.jit(lambda n: sj.critical_exponent(n, teacher()))(net)
 
@@ -169,6 +173,8 @@ def test_the_questions_people_ask():
     assert steps[0] <= 1e4 < steps[1]
     with pytest.raises(ValueError, match="activation must vanish at zero"):
         sj.predict_escape(network(3, "sigmoid", 1e-2), task)
+    with pytest.raises(ValueError, match=r"at .* times this one it is"):
+        sj.scale_for_steps(network(3, "tanh", 1e-2, 16, (0, 1)), task, steps=1e6, learning_rate=0.1)
     with pytest.raises(ValueError, match="learning_rate must be given"):
         _ = sj.predict_escape(net, task).steps
 

@@ -86,6 +86,9 @@ def test_projection_is_the_nearest_symmetric_network():
     net = random_network()
     near = manifold.project(net, PARTITION)
     assert float(manifold.distance(near, PARTITION)) < 1e-14
+    labels = np.array([[0, 1] * 4] * 2)
+    same = sj.MLP([3, 8, 8, 2], key=KEY)
+    assert float(manifold.distance(same, labels)) == float(manifold.distance(same, labels.tolist()))
     length = np.sqrt(sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(net.weights, near.weights, strict=True)))
     assert float(manifold.distance(net, PARTITION)) == pytest.approx(length, rel=1e-12)
     # Orthogonal: any other symmetric network is further away.

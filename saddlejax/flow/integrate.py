@@ -122,7 +122,7 @@ def _integrate(
         size = jnp.maximum(jnp.abs(old_loss), jnp.sqrt(jnp.abs(old_loss * plateau)))
         rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * size
         weight = influence(p.state, p.rate) if until.asks_for_escape else 1
-        scaled = jax.lax.stop_gradient(attempt.error * weight / rtol)
+        scaled = jax.lax.stop_gradient(jnp.maximum(attempt.error * weight, attempt.time_error) / rtol)
         failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
         accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
         step = next_step_size(p.step, scaled, accepted, failed, order, min_step, method.largest_growth)

@@ -16,7 +16,7 @@ from ..tasks.task import task_loss
 from .clock import FlowState, PlateauField
 from .coordinates import to_coordinates
 from .exponential import ExponentialInterpolation, ExponentialRosenbrock, Work
-from .stepping import relative_error
+from .stepping import relative_errors
 
 Kind = Literal["lax", "bounded"]
 
@@ -30,7 +30,7 @@ class Attempt(NamedTuple):
     """A step that may yet be rejected.
 
     - `after`, `rate`: the state it leads to and the rate there.
-    - `error`: its error relative to every layer, the largest.
+    - `error`: its error relative to every layer, the largest; `time_error`: that of the time, relative to the time.
     - `dense`: what the interpolation needs.
     - `gradients`, `products`: gradients and Hessian-vector products spent.
     - `settled`: whether nothing but rounding moves the weights any more.
@@ -39,6 +39,7 @@ class Attempt(NamedTuple):
     after: FlowState
     rate: FlowState
     error: Float[Array, ""]
+    time_error: Float[Array, ""]
     dense: PyTree
     gradients: Int[Array, ""]
     products: Int[Array, ""]
@@ -115,9 +116,9 @@ class Explicit(AbstractMethod):
         after, error, dense, (_, new_rate), _ = solver.step(
             dfx.ODETerm(field), s, s + size, state, None, (False, rate), False
         )
-        relative = jax.lax.stop_gradient(relative_error(error, after))
+        relative, of_time = jax.lax.stop_gradient(relative_errors(error, after))
         stages = jnp.asarray(solver.tableau.num_stages - 1)
-        return Attempt(after, new_rate, relative, dense, stages, jnp.asarray(0), jnp.asarray(False))
+        return Attempt(after, new_rate, relative, of_time, dense, stages, jnp.asarray(0), jnp.asarray(False))
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
@@ -234,6 +235,7 @@ class Exponential(AbstractMethod):
             after,
             new_rate,
             norm(error),
+            jnp.zeros_like(size),
             {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
             work.vector_fields + 2 + evaluations,
             work.products + 1,

@@ -28,8 +28,8 @@ def first_step_size(rtol: Float[Array, ""], order: int) -> StepSize:
     return StepSize(rtol ** (1 / order), one, jnp.zeros_like(rtol), jnp.asarray(False))
 
 
-def relative_error(error: FlowState, after: FlowState) -> Float[Array, ""]:
-    """The largest relative error of a step, over the layers and the time.
+def relative_errors(error: FlowState, after: FlowState) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The largest relative error of a step over the layers, and that of the time.
 
     An error of a unit is a relative error of its layer already, one of a direction is relative to its length one;
     time is relative to itself. The quadratures that ride along do not count.
@@ -39,11 +39,11 @@ def relative_error(error: FlowState, after: FlowState) -> Float[Array, ""]:
         for u, v in zip(error.coordinates.log_units, error.coordinates.directions, strict=True)
     ]
     time = jnp.abs(error.time) / jnp.where(after.time > 0, after.time, 1)
-    return jnp.max(jnp.stack([*layers, time]))
+    return jnp.max(jnp.stack(layers)), time
 
 
 def influence(state: FlowState, rate: FlowState) -> Float[Array, ""]:
-    """How much an error made now can still change the escape time, between 0.05 and 1.
+    """How much an error of the layers made now can still change the escape time, between 0.05 and 1.
 
     On the plateau `τ` falls while the layers grow, so that most of the time `t` has passed long before the escape. An
     error relative to the layers changes the time still to come in the same proportion, which is `τ/t` of the whole.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -25,6 +26,8 @@ def hidden_labels(blocks: Blocks, widths: Sequence[int], argument: str = "blocks
     """
     if isinstance(blocks, int | np.integer) and _is_whole(blocks):
         blocks = [int(blocks)] * len(widths)
+    if isinstance(blocks, np.ndarray | jax.Array):
+        blocks = np.asarray(blocks).tolist()  # an array, one row of labels a layer
     if isinstance(blocks, str) or not isinstance(blocks, Sequence) or len(blocks) != len(widths):
         raise _check.fail(
             argument,

@@ -32,7 +32,12 @@ class BlockMLP(AbstractNetwork):
             for w, below, above in zip(self.weights, counts[:-1], counts[1:], strict=True)
         )
 
+    @property
+    def wide_sizes(self) -> tuple[int, ...]:
+        """The sizes of the layers of the wide network."""
+        return (self.sizes[0], *map(len, self.labels), self.sizes[-1])
+
     def __str__(self) -> str:
         narrow = "-".join(map(str, self.sizes))
-        wide = "-".join(map(str, (self.sizes[0], *map(len, self.labels), self.sizes[-1])))
+        wide = "-".join(map(str, self.wide_sizes))
         return f"BlockMLP {narrow} of a wide {wide}, {activation_name(self.activation)}, {self.weights[0].dtype}"

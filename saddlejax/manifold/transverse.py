@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
 from ..flow import Flow, Save, gradient_flow
+from ..flow.result import trim
 from ..flow.until import AbstractUntil
 from ..hessian import ritz_values
 from ..networks import MLP, AbstractNetwork, Weights, safe_norm
@@ -28,7 +30,7 @@ def growth_rates(net: AbstractNetwork, task: Task, projection: Projection, count
     eigenvalues of `−QHQ`, by Lanczos on Hessian-vector products in a Krylov space of 48 vectors. Positive ones grow.
 
     **Arguments:** `net`, `task`; `projection`, a linear function of the weights, symmetric and its own square; `count`,
-    how many distinct rates to return. To compare with the pace of the flow itself, multiply by the time in question.
+    how many rates to return. To compare with the pace of the flow itself, multiply by the time in question.
 
     **Returns:** `(count,)`, the largest first; NaN where there are fewer.
     """
@@ -55,7 +57,7 @@ def transverse_growth(net: MLP, task: Task, blocks: Blocks = 1, count: int = 1) 
 
     At a network on the block-symmetric submanifold the Hessian does not couple it to its orthogonal complement; these
     are the largest eigenvalues of minus the Hessian on the complement. Each belongs to as many perturbations as there
-    are ways to break that symmetry, and is listed once. Off the submanifold, the same of its nearest point.
+    are ways to break that symmetry, and may be listed more than once. Off the submanifold, the same of its nearest point.
 
     **Arguments:** `net`, `task`; `blocks` as for [`saddlejax.manifold.reduce`][]; `count`. Along a flow that kept its
     weights: `jax.vmap(lambda w: transverse_growth(net.with_weights(w), task))(flow.weights)`.
@@ -82,7 +84,7 @@ def transverse_amplification(
     **Arguments:** `net`, projected on the submanifold first; `task`, `blocks`; `until` and `rtol` as for
     [`saddlejax.gradient_flow`][]; `key` draws the perturbation.
 
-    **Returns:** `‖Qδ(t)‖/‖Qδ(0)‖` at every row of the flow, and the flow. Compare with `flow.layer_norms`: a ratio that
+    **Returns:** `‖Qδ(t)‖/‖Qδ(0)‖` at every row of the flow, and the flow (under a transformation with rows left empty). Compare with `flow.layer_norms`: a ratio that
     grows less than the layers means that the network comes closer to the submanifold relative to its size.
     """
     start = project(net, blocks)
@@ -100,7 +102,11 @@ def transverse_amplification(
     zero = jnp.zeros((), length.dtype)
     _, change, flow = jax.jvp(follow, (zero,), (jnp.ones_like(zero),), has_aux=True)
     grown = jax.vmap(lambda rows: safe_norm(jnp.stack([safe_norm(w) for w in _across(start, rows, blocks)])))(change)
-    return grown / length, flow
+    grown = grown / length
+    if not _check.is_concrete(grown, flow):
+        return grown, flow
+    rows = int(np.sum(np.isfinite(flow.losses)))
+    return grown[:rows], trim(flow, rows)
 
 
 def _across(net: MLP, weights: Weights, blocks: Blocks) -> Weights:
