@@ -84,6 +84,10 @@ def expand(function: Activation) -> tuple[OneSidedExpansion, OneSidedExpansion, 
     nodes, _, _ = _fit_operator()
     points = np.array([-1.0, 1.0])[:, None, None] * np.array(_REACHES)[:, None] * nodes
     values = evaluate(function, points)[0]
+    alone = evaluate(function, points[..., :2])[0]
+    if not np.allclose(values[..., :2], alone, rtol=1e-4, equal_nan=True):
+        found = "a function whose value at one entry depends on the others"
+        raise _check.fail("activation", "be an elementwise JAX function", found, _REMEDY)
     eps = rounding(values)
     derivatives = _derivatives(function)
     left, right = (

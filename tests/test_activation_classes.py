@@ -215,7 +215,8 @@ def test_summary():
 
 
 @pytest.mark.parametrize(
-    "bad", ["no such name", 3, lambda z: z.sum(), lambda z: 1j * z, lambda z: np.tanh(float(z)), jnp.isfinite]
+    "bad",
+    ["no such name", 3, lambda z: z.sum(), lambda z: 1j * z, jax.nn.softmax, lambda z: np.tanh(float(z)), jnp.isfinite],
 )
 def test_bad_activations_are_refused(bad):
     with pytest.raises(ValueError, match=r"^activation must be"):
