@@ -30,7 +30,8 @@ class EscapePrediction(eqx.Module):
       `escaped`: a network that starts beyond the predicted escape has no plateau (`met_at_start`).
     - `learning_rate`: steps of gradient descent are `τ` over it; None where none was given.
     - `layers`: the bottleneck, `r` layers counted from 0, and their `scales` `‖W_l‖/√(2 n_l)`.
-    - `speed`: `K` in `dγ/dt ∝ K`, the signal energy at the end over the product of the bottleneck layers' norms.
+    - `speed`: `K`, the signal energy at the end over the product of the bottleneck layers' norms: what
+      [`saddlejax.escape_time`][] calls by that name.
     - `drop`: by how much the loss is predicted to fall until then, as a share of its value at zero weights.
     - `status`: how the leading-order flow ended.
     - `gradient_evaluations`: what the prediction cost, on a problem without samples where the activation is smooth.
@@ -158,7 +159,7 @@ def predict_escape(
         layers=chosen,
         scales=init_scales(net)[jnp.asarray(chosen)],
         speed=last / jnp.prod(norms[jnp.asarray(chosen)]),
-        drop=last * (1 - (len(chosen) - 1) / (2 * (2 * len(chosen) - 1))) / zero_loss(task),
+        drop=last * (1 - _share_of_optimum(len(chosen)) / 2) / zero_loss(task),
         status=flow.status,
         gradient_evaluations=cost,
     )
@@ -205,6 +206,12 @@ def one_minus_overlap(prediction: Float[Array, " out"], target: Float[Array, " o
     return 1 - jnp.dot(prediction, target, precision="highest")
 
 
+def _share_of_optimum(bottleneck: int) -> float:
+    """`(r−1)/(2r−1)`: where `K y^r − ½ q y^{2r}` is steepest on a ray, as a share of its optimum; for `r = 1` as for 2."""
+    r = max(bottleneck, 2)
+    return (r - 1) / (2 * r - 1)
+
+
 def _steepest(upper: AbstractNetwork, net: AbstractNetwork, task: Task, layers: tuple[int, ...]) -> Float[Array, ""]:
     """The signal energy at the escape, for a loss quadratic along the present outputs."""
     outputs = predict(net.with_weights([*net.weights[: layers[0]], *upper.weights]), task.x)
@@ -214,9 +221,7 @@ def _steepest(upper: AbstractNetwork, net: AbstractNetwork, task: Task, layers: 
         return jax.jvp(lambda b: task.mean_loss(b * outputs), (a,), (one,))[1]
 
     fall, curvature = jax.jvp(slope, (zero,), (one,))
-    r = max(len(layers), 2)
-    share = (r - 1) / (2 * r - 1)
-    return share * jnp.square(fall) / jnp.where(curvature > 0, curvature, 1)
+    return _share_of_optimum(len(layers)) * jnp.square(fall) / jnp.where(curvature > 0, curvature, 1)
 
 
 def scale_for_steps(
