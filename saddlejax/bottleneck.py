@@ -30,6 +30,8 @@ def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
 
     **Raises:** `ValueError` while JAX is tracing the weights: name the layers then.
     """
+    if not isinstance(net, AbstractNetwork):
+        raise _check.fail("net", "be a network such as saddlejax.MLP", type(net).__name__)
     if not _check.is_concrete(net.weights):
         raise _check.fail(
             "layers", "be given where the weights are traced", None, "For instance layers=range(net.depth)."

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from . import _check
 from .bottleneck import chosen_layers
-from .flow import Save, gradient_flow
-from .flow.until import AbstractUntil, Escape
+from .flow import Escape, Save, gradient_flow
 from .networks import AbstractNetwork
 from .tasks.task import Task, check_fits
 
@@ -18,7 +18,7 @@ def critical_exponent(
     net: AbstractNetwork,
     task: Task,
     layers: Sequence[int] | int | None = None,
-    until: AbstractUntil | None = None,
+    until: Escape | None = None,
     *,
     rtol: float | Array | None = None,
 ) -> Float[Array, ""]:
@@ -41,14 +41,19 @@ def critical_exponent(
     scales, seeds or data of the same shapes compile nothing anew.
     """
     check_fits(net, task)
+    until = Escape() if until is None else until
+    if not isinstance(until, Escape):
+        raise _check.fail("until", "be saddlejax.Escape(), with or without a loss_fraction", repr(until))
+    if rtol is not None:
+        _check.positive_number("rtol", rtol)
     chosen = chosen_layers(net, layers)
     mask = jnp.asarray([layer in chosen for layer in range(net.depth)], net.weights[0].dtype)
-    return _exponent(net, task, until or Escape(), mask, None if rtol is None else jnp.asarray(rtol))
+    return _exponent(net, task, until, mask, None if rtol is None else jnp.asarray(rtol))
 
 
 @eqx.filter_jit
 def _exponent(
-    net: AbstractNetwork, task: Task, until: AbstractUntil, mask: Float[Array, " layers"], rtol: float | Array | None
+    net: AbstractNetwork, task: Task, until: Escape, mask: Float[Array, " layers"], rtol: float | Array | None
 ) -> Float[Array, ""]:
     def log_time(log_factor: Array) -> Array:
         scaled = net.with_weights([w * jnp.exp(log_factor * m) for w, m in zip(net.weights, mask, strict=True)])

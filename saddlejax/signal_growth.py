@@ -41,6 +41,8 @@ def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
     **Raises:** `ValueError` for a flow without weights.
     """
     _check.whole_number("bottleneck", bottleneck)
+    if not isinstance(flow, Flow):
+        raise _check.fail("flow", "be a saddlejax.Flow", type(flow).__name__)
     if flow.weights is None:
         raise _check.fail("flow", "have kept its weights", "one without", "Pass save=saddlejax.Save(weights=True).")
     check_fits(flow.net, task)

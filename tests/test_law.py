@@ -102,8 +102,13 @@ def test_exponent_agrees_with_differences():
         central = -(8 * (logs[2] - logs[1]) - (logs[3] - logs[0])) / (12 * step)
         exponent = sj.critical_exponent(net, task, layers, rtol=1e-8)
         assert float(exponent) == pytest.approx(central, abs=1e-4)
-    with pytest.raises(ValueError, match="layers must hold indices"):
-        sj.critical_exponent(net, task, [5])
+    for options, words in (
+        ({"layers": [5]}, "layers must hold indices"),
+        ({"rtol": -1.0}, "rtol must be positive"),
+        ({"until": sj.Time(1.0)}, "until must be saddlejax.Escape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sj.critical_exponent(net, task, **options)
 
 
 def test_bottleneck_is_found_from_the_weights():

@@ -251,7 +251,7 @@ def test_off_block_growth_at_the_saddles_of_a_linear_network():
         expected = max([*pairs, 0.0])
         rate = manifold.off_block_growth(saddle(mask), task)
         assert float(rate[0]) == pytest.approx(expected, abs=1e-10)
-        # Not only the largest: the slowest decay of a learned block that carries another mode is there too.
+    # Not only the largest: the decay of the learned block as a carrier of the other modes is there too.
     rates = manifold.off_block_growth(saddle(np.array([True, False, False])), task, 3)
     np.testing.assert_allclose(rates[1:], [2 * (2 - 4), 2 * (1 - 4)], rtol=1e-8)
 

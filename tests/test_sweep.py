@@ -248,3 +248,11 @@ def test_grids_that_make_no_sense_are_refused(change, words):
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="no argument 'learning_rate'"):
         sj.sweep(TASK, width=4, depth=3, learning_rate=0.1)
+
+
+def test_a_store_knows_activations_by_their_code(tmp_path):
+    task = sj.Task(np.ones((3, 2)), np.ones((3, 1)))
+    grid = {"width": 2, "depth": 2, "scale": 0.1, "until": sj.Time(1e-3), "store": tmp_path / "a.zarr"}
+    sj.sweep(task, activation=lambda z: z + 0.1 * z**3, **grid)
+    with pytest.raises(ValueError, match="activation"):
+        sj.sweep(task, activation=lambda z: z - 0.1 * z**3, **grid)

@@ -52,6 +52,8 @@ def expand(small: AbstractNetwork, widths: int | Sequence[int] | None = None) ->
 
     **Raises:** `ValueError` for widths below the number of units, and for no widths where `small` is an ordinary network.
     """
+    if not isinstance(small, AbstractNetwork):
+        raise _check.fail("small", "be a network such as saddlejax.manifold.BlockMLP", type(small).__name__)
     hidden = small.sizes[1:-1]
     if widths is None:
         if not isinstance(small, BlockMLP):

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..activations import activation_name
 from ..saddle import escape_direction
 from ..tasks.task import Task
 from .describe import describe_function, describe_task
-from .grid import Grid
+from .grid import Grid, argument_values
 from .measures import Variable
 from .problem import AbstractProblem, Output, Point, each_lane, fill_value
 
@@ -47,10 +46,7 @@ class DirectionProblem(AbstractProblem):
         }
 
     def _values(self, name: str) -> list[Any]:
-        for axis in self.grid.axes:
-            if axis.name == name:
-                return list(axis.values)
-        return [dict(self.fixed)[name]]
+        return argument_values(self.grid, self.fixed, name)
 
     def _measure(self, point: Point) -> dict[str, Any]:
         point = {**dict(self.fixed), **point}
@@ -71,12 +67,13 @@ class DirectionProblem(AbstractProblem):
 
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
-        known = {name: activation_name(value) if name == "activation" else value for name, value in self.fixed}
+        axes = {axis.name: list(axis.labels) for axis in self.grid.axes}
+        axes["activation"] = [describe_function(function) for function in self._values("activation")]
         return {
             "of": "escape_direction",
             "task": describe_task(self.task),
-            "grid": {axis.name: list(axis.labels) for axis in self.grid.axes},
-            **known,
+            "grid": axes,
+            **dict(self.fixed),
             "measure": {name: describe_function(one.function) for name, one in self.variables if one.dims is None},
         }
 

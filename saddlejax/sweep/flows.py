@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..activations import activation_name
 from ..flow import Save, Status
 from ..tasks.task import Task
 from .describe import describe_function, describe_task
-from .grid import Grid
+from .grid import Grid, argument_values
 from .lane import Common, Group, LaneValues, small_layers
 from .measures import Variable
 from .problem import AbstractProblem, Output, Point, blank
@@ -78,10 +77,7 @@ class FlowProblem(AbstractProblem):
         return program(group).run.eval_shape(common, self.values(point, group))
 
     def _values(self, name: str) -> list[Any]:
-        for axis in self.grid.axes:
-            if axis.name == name:
-                return list(axis.values)
-        return [dict(self.fixed)[name]]
+        return argument_values(self.grid, self.fixed, name)
 
     def group(self, point: Point) -> tuple[Group, Common]:
         """The program of a lane, and what it shares with the other lanes of its depth."""
@@ -140,6 +136,7 @@ class FlowProblem(AbstractProblem):
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
         axes = {axis.name: list(axis.labels) for axis in self.grid.axes}
+        axes["activation"] = [describe_function(function) for function in self._values("activation")]
         known = {name: _plain(name, value) for name, value in self.fixed}
         measures = {name: describe_function(one.function) for name, one in self.variables if one.dims is None}
         return {
@@ -160,8 +157,6 @@ class FlowProblem(AbstractProblem):
 def _plain(name: str, value: Any) -> Any:
     if name == "until":
         return value.describe()
-    if name == "activation":
-        return activation_name(value)
     if name == "solver":
         return None if value is None else type(value).__name__
     return value

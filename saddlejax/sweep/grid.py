@@ -83,6 +83,14 @@ class Grid:
         return [dict(zip(self.dims, point, strict=True)) for point in itertools.product(*values)]
 
 
+def argument_values(grid: Grid, fixed: Sequence[tuple[str, Any]], name: str) -> list[Any]:
+    """What an argument takes: the values of its axis, or the one that does not vary."""
+    for axis in grid.axes:
+        if axis.name == name:
+            return list(axis.values)
+    return [dict(fixed)[name]]
+
+
 def size(block: Block) -> tuple[int, ...]:
     """The shape of a block."""
     return tuple(part.stop - part.start for part in block)

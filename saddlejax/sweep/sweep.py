@@ -231,13 +231,10 @@ def _split(axes: dict[str, Axis], lists: set[str]) -> tuple[Grid, tuple[tuple[st
 
 
 def _shape_axes(task: Task, width: Any, depth: Any, activation: Any) -> dict[str, Axis]:
-    def name(function: Any) -> str:
-        return activation_name(function)
-
     functions = [resolve_activation(one) for one in _listed(activation)]
     return {
         "width": _axis("width", _listed(width), _whole("width"), "size of the hidden layers"),
-        "activation": _axis("activation", functions, name, "activation of the hidden layers"),
+        "activation": _axis("activation", functions, activation_name, "activation of the hidden layers"),
         "depth": _axis("depth", _listed(depth), _whole("depth"), "number of weight matrices"),
     }
 
