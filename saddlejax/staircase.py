@@ -10,6 +10,7 @@ import numpy as np
 from scipy.interpolate import CubicHermiteSpline
 
 from . import _check
+from .activation_classes import slope_jumps_at_zero
 from .flow.result import Flow, power_of_ten
 from .flow.status import Status
 from .networks import AbstractNetwork
@@ -55,6 +56,8 @@ class Plateaus(eqx.Module):
 
     plateaus: tuple[Plateau, ...]
     rank_tolerance: float = eqx.field(static=True)
+    known_roughly: bool = eqx.field(static=True)
+    """Whether kinks make the ends of late plateaus uncertain, and no other flow says by how much."""
 
     def __len__(self) -> int:
         return len(self.plateaus)
@@ -90,6 +93,10 @@ class Plateaus(eqx.Module):
                     f"{float(p.saddle.gradient_norm):.1e}, Hessian from {float(p.saddle.lowest_eigenvalue):.3g} to "
                     f"{float(p.saddle.highest_eigenvalue):.3g}"
                 )
+        if self.known_roughly:
+            lines.append(
+                "  At kinks late ends are known to some per cent only: pass check=, this flow at another rtol."
+            )
         return "\n".join(lines)
 
 
@@ -186,7 +193,8 @@ def plateaus(
                 log_end_error=errors[i],
             )
         )
-    return Plateaus(tuple(found), rank_tolerance)
+    kinked = flow.net.depth > 1 and slope_jumps_at_zero(flow.net.activation)
+    return Plateaus(tuple(found), rank_tolerance, known_roughly=kinked and check is None)
 
 
 def _bottoms(slopes: np.ndarray) -> tuple[list[int], list[float]]:

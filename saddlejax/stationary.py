@@ -7,14 +7,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from . import _check
-from .flow.krylov import krylov_space
+from .flow.krylov import KrylovProblem
 from .hessian import extreme_eigenvalues
 from .networks import AbstractNetwork, safe_norm
 from .tasks.task import Task, check_fits, match_precision, task_loss
 
 KRYLOV_SIZE = 48
 RELAXED, TIGHTENED = 0.1, 10.0
-SOLVED = 0.01
+SOLVED = 1e-3
 
 
 class StationaryPoint(eqx.Module):
@@ -72,14 +72,14 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     def improve(carry: tuple) -> tuple:
         point, gradient, damping, _, iterations, products = carry
         _, product = jax.linearize(slope, point)
-        space, _, spent = krylov_space(
+        space = KrylovProblem(
             product,
             gradient,
             lambda z: 1 / (jnp.square(z) + damping),
             safe_norm,
             SOLVED * safe_norm(gradient) / jnp.sqrt(damping),
             KRYLOV_SIZE,
-        )
+        ).space()
         trial = point - space.apply(lambda z: z / (jnp.square(z) + damping))
         there = slope(trial)
         better = safe_norm(there) < safe_norm(gradient)
@@ -89,7 +89,7 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
             damping * jnp.where(better, RELAXED, TIGHTENED),
             jnp.max(jnp.abs(space.values)),
             iterations + 1,
-            products + spent,
+            products + space.used,
         )
 
     # A step is at first about as long as the weights where the curvature is small.

@@ -1,6 +1,6 @@
 """An exponential integrator for stiff gradient flows, as a diffrax solver."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..networks import safe_norm
-from .krylov import KrylovSpace, krylov_space, phi
+from .krylov import Function, KrylovProblem, KrylovSpace, phi
 
 
 class Work(NamedTuple):
@@ -19,6 +19,24 @@ class Work(NamedTuple):
 
     vector_fields: Int[Array, ""]
     products: Int[Array, ""]
+
+
+class Increments(NamedTuple):
+    """What a step from `y_0` adds to it.
+
+    - `end`: over the whole step; `inner`: over the fractions of it that were asked for.
+    - `estimate`: of the error of `end`, what the Krylov spaces leave included.
+    - `largest`: the largest eigenvalue of the Jacobian seen from the vector field, zero if that is negative.
+    - `spaces`: those of the vector field and of the two remainders, where they were asked for.
+    - `work`: spent on it.
+    """
+
+    end: Float[Array, " n"]
+    inner: tuple[Float[Array, " n"], ...]
+    estimate: Float[Array, " n"]
+    largest: Float[Array, ""]
+    spaces: tuple[KrylovSpace, KrylovSpace, KrylovSpace] | None
+    work: Work
 
 
 Norm = Callable[[PyTree[Array]], Callable[[PyTree[Array]], Float[Array, ""]]]
@@ -33,6 +51,15 @@ def relative_to_leaves(y: PyTree[Array]) -> Callable[[PyTree[Array]], Float[Arra
         return jnp.max(jnp.stack([safe_norm(e) / jnp.where(size > 0, size, 1) for e, size in leaves]))
 
     return norm
+
+
+def _functions(x: Array | float, h: Array) -> tuple[Function, Function, Function]:
+    """What multiplies `F`, `a` and `b` in the increment over the fraction `x` of a step `h`, as functions of `J`."""
+    return (
+        lambda z: x * h * phi(1, x * h * z),
+        lambda z: x**3 * h * 2 * phi(3, x * h * z),
+        lambda z: x**4 * h * 6 * phi(4, x * h * z),
+    )
 
 
 class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
@@ -53,17 +80,9 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
             return jax.tree.map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
         size = self.t1 - self.t0
         flat, unravel = ravel_pytree(self.y0)
-        return unravel(flat + _increment(self.spaces, (t0 - self.t0) / size, size))
-
-
-def _increment(spaces: tuple, x: Array | float, size: Array) -> Array:
-    field, second, third = spaces
-    h = x * size
-    return (
-        h * field.apply(lambda z: phi(1, h * z))
-        + x**2 * h * second.apply(lambda z: 2 * phi(3, h * z))
-        + x**3 * h * third.apply(lambda z: 6 * phi(4, h * z))
-    )
+        functions = _functions((t0 - self.t0) / size, jnp.asarray(size, flat.dtype))
+        parts = [space.apply(function) for space, function in zip(self.spaces, functions, strict=True)]
+        return unravel(flat + sum(parts))
 
 
 class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
@@ -124,45 +143,63 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
         del made_jump
         start, unravel = ravel_pytree(y0)
         h = jnp.asarray(t1 - t0, start.dtype)
+        step = self.increments(lambda y: terms.vf(t0, y, args), y0, h, keep=True)
+        spent = Work(*(before + new for before, new in zip(solver_state, step.work, strict=True)))
+        dense = {"y0": y0, "spaces": step.spaces}
+        return unravel(start + step.end), unravel(step.estimate), dense, spent, dfx.RESULTS.successful
+
+    def increments(
+        self,
+        vector_field: Callable[[PyTree], PyTree],
+        y0: PyTree,
+        h: Float[Array, ""],
+        fractions: Sequence[float] = (),
+        *,
+        keep: bool = False,
+    ) -> Increments:
+        """A step of size `h`, flattened, with the states at fractions of it; `keep` keeps the Krylov spaces as well.
+
+        Without them it needs less time: most spaces are small, and room for large ones is then taken only where needed.
+        """
+        start, unravel = ravel_pytree(y0)
+        norm = self.norm(y0)
+        at = [_functions(x, h) for x in (*fractions, 1.0)]
 
         def field(y: Array) -> Array:
-            return ravel_pytree(terms.vf(t0, unravel(y), args))[0]
+            return ravel_pytree(vector_field(unravel(y)))[0]
 
-        norm = self.norm(y0)
-
-        def measure(error: Array) -> Array:
-            return norm(unravel(error))
-
-        def space(vector: Array, order: int) -> tuple[KrylovSpace, Array, Array]:
+        def several(vector: Array, order: int, functions: Sequence[Function]) -> tuple:
             factor = {1: 1, 3: 2, 4: 6}[order]
-            return krylov_space(
+            problem = KrylovProblem(
                 product,
                 vector,
                 lambda z: factor * h * h * phi(order + 1, h * z),
-                measure,
+                lambda error: norm(unravel(error)),
                 jnp.asarray(self.tolerance, start.dtype),
                 self.krylov_size,
             )
+            if not keep:
+                found = problem.apply(functions)
+                return found.results, found.largest, found.error, found.used, None
+            space = problem.space()
+            return [space.apply(one) for one in functions], jnp.max(space.values), space.error, space.used, space
 
         rate, product = jax.linearize(field, start)
-        along, left_1, products_1 = space(rate, 1)
+        half = _functions(0.5, h)[0]
+        (first, *along), largest, left_1, used_1, space_1 = several(rate, 1, [half, *(one[0] for one in at)])
 
         def rest(change: Array) -> Array:
             return field(start + change) - rate - product(change)
 
-        half = along.apply(lambda z: 0.5 * h * phi(1, 0.5 * h * z))
-        whole = along.apply(lambda z: h * phi(1, h * z))
-        rest_2, rest_3 = rest(half), rest(whole)
-        second, left_2, products_2 = space(8 * rest_2 - rest_3, 3)
-        third, left_3, products_3 = space(2 * rest_3 - 8 * rest_2, 4)
-        estimate = third.apply(lambda z: 6 * h * phi(4, h * z))
-        change = whole + second.apply(lambda z: 2 * h * phi(3, h * z)) + estimate
-        spent = Work(solver_state.vector_fields + 3, solver_state.products + products_1 + products_2 + products_3 + 2)
-        dense = {"y0": y0, "spaces": (along, second, third)}
-        return (
-            unravel(start + change),
-            unravel(estimate + left_1 + left_2 + left_3),
-            dense,
-            spent,
-            dfx.RESULTS.successful,
+        rest_2, rest_3 = rest(first), rest(along[-1])
+        second, _, left_2, used_2, space_2 = several(8 * rest_2 - rest_3, 3, [one[1] for one in at])
+        third, _, left_3, used_3, space_3 = several(2 * rest_3 - 8 * rest_2, 4, [one[2] for one in at])
+        *inner, end = [sum(parts) for parts in zip(along, second, third, strict=True)]
+        return Increments(
+            end=end,
+            inner=tuple(inner),
+            estimate=third[-1] + left_1 + left_2 + left_3,
+            largest=largest,
+            spaces=(space_1, space_2, space_3) if keep else None,
+            work=Work(jnp.asarray(3), used_1 + used_2 + used_3 + 2),
         )

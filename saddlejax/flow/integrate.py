@@ -115,7 +115,7 @@ def _integrate(
     first_gradient = field.log_gradient_norm(state, rate)
 
     def body(p: Progress) -> Progress:
-        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind)
+        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind, dense=save.times is not None)
         after, new_rate = attempt.after, attempt.rate
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
         # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
@@ -190,7 +190,7 @@ def _integrate(
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind)
+    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind, False)
     memory = eqx.filter_eval_shape(method.remember, tried, state, rate, zero)
     progress = Progress(
         s=zero,

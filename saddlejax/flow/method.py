@@ -8,6 +8,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..gradient import gradient
@@ -15,7 +16,7 @@ from ..networks import Weights, safe_norm
 from ..tasks.task import task_loss
 from .clock import FlowState, PlateauField
 from .coordinates import to_coordinates
-from .exponential import ExponentialInterpolation, ExponentialRosenbrock, Work
+from .exponential import ExponentialInterpolation, ExponentialRosenbrock
 from .stepping import relative_errors
 
 Kind = Literal["lax", "bounded"]
@@ -31,7 +32,7 @@ class Attempt(NamedTuple):
 
     - `after`, `rate`: the state it leads to and the rate there.
     - `error`: its error relative to every layer, the largest; `time_error`: that of the time, relative to the time.
-    - `dense`: what the interpolation needs.
+    - `dense`: what the interpolation needs, where it was asked for.
     - `gradients`, `products`: gradients and Hessian-vector products spent.
     - `settled`: whether nothing but rounding moves the weights any more.
     """
@@ -72,9 +73,9 @@ class AbstractMethod(eqx.Module):
 
     @abc.abstractmethod
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
     ) -> Attempt:
-        """A step from a state whose rate is known."""
+        """A step from a state whose rate is known; the states within it are wanted where `dense`."""
 
     @abc.abstractmethod
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
@@ -107,18 +108,18 @@ class Explicit(AbstractMethod):
         return order
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
     ) -> Attempt:
         solver = eqx.tree_at(lambda s: s.scan_kind, self.solver, kind, is_leaf=lambda leaf: leaf is None)
         assert isinstance(solver.tableau, dfx.ButcherTableau)
         # The rate at the end of a step is kept, so that the next one starts from it and the loss and the curvature at
         # the end of a step come without another gradient.
-        after, error, dense, (_, new_rate), _ = solver.step(
+        after, error, within, (_, new_rate), _ = solver.step(
             dfx.ODETerm(field), s, s + size, state, None, (False, rate), False
         )
         relative, of_time = jax.lax.stop_gradient(relative_errors(error, after))
         stages = jnp.asarray(solver.tableau.num_stages - 1)
-        return Attempt(after, new_rate, relative, of_time, dense, stages, jnp.asarray(0), jnp.asarray(False))
+        return Attempt(after, new_rate, relative, of_time, within, stages, jnp.asarray(0), jnp.asarray(False))
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
@@ -193,22 +194,22 @@ class Exponential(AbstractMethod):
         return 4
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
     ) -> Attempt:
         del kind
         tau = rate.time * jnp.exp(field.log_time_unit)
         weights = field.state_net(state).weights
 
-        def velocity(s: Array, weights: Weights, args: None) -> Weights:
+        def velocity(weights: Weights) -> Weights:
             slopes = jax.grad(lambda w: task_loss(field.net.with_weights(w), field.task))(weights)
             return tuple(-tau * slope for slope in slopes)
 
         norm = relative_to_singular_values(weights)
         solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, lambda _: norm)
-        no_work = Work(jnp.asarray(0), jnp.asarray(0))
-        new, error, dense, work, _ = solver.step(
-            dfx.ODETerm(velocity), jnp.zeros_like(size), size, weights, None, no_work, False
-        )
+        fractions = () if self.conserves_imbalance else INNER_NODES
+        flat, unravel = ravel_pytree(weights)
+        step = solver.increments(velocity, weights, size, fractions, keep=dense)
+        new = unravel(flat + step.end)
         after = FlowState(
             coordinates=to_coordinates(new),
             time=state.time + rate.time * size,
@@ -217,29 +218,29 @@ class Exponential(AbstractMethod):
         )
         new_rate = field(s + size, after, None)
         # Whether a direction grows on the scale of the time passed: a saddle, then, that is still to be left.
-        growing = jnp.max(dense["spaces"][0].values) * state.time > GROWING * rate.time
+        growing = step.largest * state.time > GROWING * rate.time
         # The rates in time at both ends, in units of the τ of this step.
         drifts = (
             rate.imbalance_drift,
             new_rate.imbalance_drift * (rate.time / jnp.where(new_rate.time > 0, new_rate.time, 1)),
         )
-        evaluations = 0
         if not self.conserves_imbalance:
-            inner = ExponentialInterpolation(jnp.zeros_like(size), size, **dense)
-            rates = [self._drift(field, tau, inner.evaluate(x * size)) for x in INNER_NODES]
-            evaluations = len(rates)
+            rates = [self._drift(field, tau, unravel(flat + inner)) for inner in step.inner]
             gained = END_WEIGHT * (drifts[0] + drifts[1])
             gained = gained + sum(w * r for w, r in zip(INNER_WEIGHTS, rates, strict=True))
             after = eqx.tree_at(lambda a: a.imbalance_drift, after, state.imbalance_drift + size * gained)
+        within = {"y0": weights, "spaces": step.spaces}
         return Attempt(
             after,
             new_rate,
-            norm(error),
+            norm(unravel(step.estimate)),
             jnp.zeros_like(size),
-            {"step": dense, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)},
-            work.vector_fields + 2 + evaluations,
-            work.products + 1,
-            ~growing & _is_rounding(*jax.jvp(lambda w: velocity(s, w, None), (new,), (new,))),
+            {"step": within, "state": state, "rate": rate.time, "drifts": (*drifts, after.imbalance_drift)}
+            if dense
+            else None,
+            step.work.vector_fields + 2 + len(fractions),
+            step.work.products + 1,
+            ~growing & _is_rounding(*jax.jvp(velocity, (new,), (new,))),
         )
 
     def _drift(self, field: PlateauField, tau: Array, weights: Weights) -> Array:
@@ -255,7 +256,7 @@ class Exponential(AbstractMethod):
 
     def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
         state, rate, size = memory
-        again = self.attempt(field, s0, state, rate, size, "lax")
+        again = self.attempt(field, s0, state, rate, size, "lax", dense=True)
         return Recalled(self.interpolation(s0, s1, again.dense), again.gradients, again.products)
 
     def describe(self) -> str:
