@@ -29,15 +29,7 @@ import saddlejax as sj
 
 jax.config.update("jax_enable_x64", True)
 
-COLOURS, MARKERS = sj.plot.COLOURS, sj.plot.MARKERS
-
-
-def quiet(*axes):
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.92", linewidth=0.8)
-        ax.set_axisbelow(True)
-
+COLOURS, MARKERS, quiet = sj.plot.COLOURS, sj.plot.MARKERS, sj.plot.quiet
 
 # %% [markdown]
 # ## 1. The identity
@@ -93,13 +85,12 @@ norms = np.geomspace(scale, float(flow.layer_norms[-1, 0]), 40)
 quadrature = np.exp(sj.manifold.balanced_log_times(norms, lambda g: g, "tanh", width=50, depth=depth))
 leading = (scale**-2 - norms**-2) / 2
 
-figure, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
+ax = quiet()
 ax.semilogy(quadrature, norms, color=COLOURS[4], linewidth=5, alpha=0.6, label="scalar equation, quadrature")
 ax.semilogy(leading, norms, color="0.2", linewidth=1.2, linestyle=(0, (4, 3)), label="leading order $dy/dt = y^3$")
 ax.semilogy(flow.times, flow.layer_norms[:, 0], "o", color=COLOURS[1], markersize=5, label="flow of four layer norms")
 ax.set(xlabel="time $t$  (steps × learning rate)", ylabel="layer norm $y$")
 ax.legend(frameon=False)
-quiet(ax)
 plt.show()
 print(f"flow {float(flow.escape_time):.3f}, quadrature {quadrature[-1]:.3f}, leading order {leading[-1]:.3f}")
 assert abs(quadrature[-1] / float(flow.escape_time) - 1) < 1e-3
@@ -120,7 +111,7 @@ def size(net):
 
 
 unit = size(start) / float(jnp.sqrt(sum(jnp.sum(d**2) for d in across)))
-figure, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
+ax = quiet()
 times = {}
 for number, amount in enumerate((0.0, 1e-3, 1e-2, 1e-1)):
     near = start.with_weights([w + amount * unit * d for w, d in zip(start.weights, across, strict=True)])
@@ -137,7 +128,6 @@ for number, amount in enumerate((0.0, 1e-3, 1e-2, 1e-1)):
         f"perturbed by {amount:g}: relative distance {relative[0]:.2e} at the start, {relative[-1]:.2e} at the escape"
     )
 ax.set(xlabel="time $t/\\tau$", ylabel="distance from the submanifold / norm", ylim=(3e-4, 1))
-quiet(ax)
 plt.show()
 print(f"the norm of all weights has grown by a factor of {size(flow.net) / size(near):.0f}")
 print("escape times:", {amount: round(time, 2) for amount, time in times.items()})
@@ -154,15 +144,16 @@ assert rate > 0
 
 # %% [markdown]
 # ## 4. The law for r = 3, 5, 8
-# Eight layers, of which the first `r` start at scale `ε`. Each point is `−d log τ/d log ε` of one network, by differentiating through its
+# Nine layers, of which the first `r` start at scale `ε`. Each point is `−d log τ/d log ε` of one network, by differentiating through its
 # escape. Points are missing where the weights are so large that there is no plateau to escape from.
 
 # %%
 scales = [0.5, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-5]
 bottlenecks = [3, 5, 8]
-deep = sj.MLP([10, *[16] * 7, 1], "tanh", key=jax.random.key(0))
+few = sj.Task(task.x[:50], task.y[:50])
+deep = sj.MLP([10, *[16] * 8, 1], "tanh", key=jax.random.key(0))
 exponents = [
-    [float(sj.critical_exponent(sj.scale_layers(deep, scale, range(r)), task, range(r))) for scale in scales]
+    [float(sj.critical_exponent(sj.scale_layers(deep, scale, range(r)), few, range(r))) for scale in scales]
     for r in bottlenecks
 ]
 law = xr.Dataset(
