@@ -96,7 +96,9 @@ for number, (name, run) in enumerate(runs):
         run.steps[1:], run.losses[1:], color=sj.plot.COLOURS[number], linestyle=("-", "--", "-.")[number], label=name
     )
 ax.axvline(2000, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-ax.annotate("predicted", (2000, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35")
+ax.annotate(
+    "predicted", (1950, 0.85), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
+)
 ax.set(xscale="log", xlabel="step", ylabel=r"loss $\mathcal{L}$")
 ax.legend(frameon=False, loc="lower left")
 plt.show()

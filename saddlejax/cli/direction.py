@@ -18,7 +18,8 @@ def direction(
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
     depth: Annotated[
-        list[int] | None, typer.Option(min=2, help="Number L of weight matrices; repeat for several.  [default: 2 to 8]")
+        list[int] | None,
+        typer.Option(min=2, help="Number L of weight matrices; repeat for several.  [default: 2 to 8]"),
     ] = None,
     activation: Annotated[str, typer.Option(help="Activation, homogeneous or smooth.")] = "relu",
     starts: Annotated[int, typer.Option(min=1, help="Number of random starts at each depth.")] = 4,

@@ -23,13 +23,17 @@ def escape(
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
     depth: Annotated[int, typer.Option(min=2, help="Number L of weight matrices.")] = 4,
-    activation: Annotated[list[str] | None, typer.Option(help="Activation; repeat for several.  [default: tanh, relu]")] = None,
+    activation: Annotated[
+        list[str] | None, typer.Option(help="Activation; repeat for several.  [default: tanh, relu]")
+    ] = None,
     bottleneck: Annotated[
         list[int] | None, typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4]")
     ] = None,
     scale: Annotated[
         list[float] | None,
-        typer.Option(help="Init scale ε of the small layers; repeat for several.  [default: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]"),
+        typer.Option(
+            help="Init scale ε of the small layers; repeat for several.  [default: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of random initialisations: seeds 0, 1, …")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-escape"),

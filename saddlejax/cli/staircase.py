@@ -37,7 +37,9 @@ def staircase(
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 10,
     depth: Annotated[int, typer.Option(min=2, help="Number L of weight matrices.")] = 4,
     scale: Annotated[float, typer.Option(help="Init scale ε of all layers.")] = 1e-3,
-    loss: Annotated[float, typer.Option(help="End where the loss is down to this part of its value at zero weights.")] = 1e-3,
+    loss: Annotated[
+        float, typer.Option(help="End where the loss is down to this part of its value at zero weights.")
+    ] = 1e-3,
     rtol: Annotated[
         float | None, typer.Option(help="Tolerance of a step.  [default: 1e-2 where smooth, 2e-4 for kinks]")
     ] = None,

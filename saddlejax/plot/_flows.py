@@ -59,8 +59,9 @@ def _descent_is_a_moment(log_times: np.ndarray, losses: np.ndarray) -> bool:
 def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0) -> Sequence[Axes]:
     """A flow from saddle to saddle: the loss, plateaus shaded and labelled with their rank, and singular values below.
 
-    Singular values that stay below a tenth of the largest are grey. The label is the smallest rank of a layer (see [`saddlejax.staircase.plateaus`][]). Time begins at most a
-    factor of ten before the first escape.
+    Singular values that stay below a tenth of the largest are grey. The label is the smallest rank of a layer (see
+    [`saddlejax.staircase.plateaus`][]). Time begins at most a factor of ten before the first escape, so that the first
+    plateau takes no more than half of the axis.
 
     **Arguments:** `flow`, with its singular values; `axes`, two of them, made anew by default; `layer`, whose singular
     values to show.
@@ -73,7 +74,8 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
     shown = np.isfinite(times)
     last = times[shown][-1]
     escapes = [p.log_end / np.log(10) for p in found if np.isfinite(p.log_end)]
-    first = max(min(escapes[0] if escapes else last, last) - 1, times[shown][0])
+    escape = min(escapes[0] if escapes else last, last)
+    first = max(escape - min(max(last - escape, 0.05) if len(escapes) > 1 else 1, 1), times[shown][0])
     edge = last + 0.02 * (last - first)
     loss, values = quiet(axes[0]), quiet(axes[1])
     for i, plateau in enumerate(found):
@@ -81,8 +83,9 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
         end = min(plateau.log_end / np.log(10), last)
         for ax in (loss, values):
             ax.axvspan(begin, end, color="0.55", alpha=(0.10, 0.22)[i % 2], linewidth=0, zorder=0)
+        narrow = end - begin < 0.09 * (edge - first)
         loss.annotate(
-            f"rank {plateau.bottleneck_rank[1]}",
+            f"{'' if narrow else 'rank '}{plateau.bottleneck_rank[1]}",
             (0.5 * (begin + end), plateau.loss),
             xytext=(0, 5),
             textcoords="offset points",
