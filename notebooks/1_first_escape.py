@@ -48,6 +48,8 @@ print(flow)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+for ax in (left, right):
+    sj.plot.quiet(ax)
 left.plot(flow.times / flow.escape_time, flow.losses, color=sj.plot.COLOURS[0], marker=".", linewidth=1.6)
 left.set(xlabel="time $t/\\tau$", ylabel=r"loss $\mathcal{L}$")
 for layer, norms in enumerate(np.asarray(flow.layer_norms).T):
@@ -55,8 +57,6 @@ for layer, norms in enumerate(np.asarray(flow.layer_norms).T):
     right.semilogy(flow.steps, norms, label=f"layer {layer + 1}", **style)
 right.set(xlabel="step of the integrator", ylabel=r"norm $\|W_l\|_F$")
 right.legend(frameon=False)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
@@ -106,14 +106,13 @@ assert abs(change) < 1e-3
 # One direction outgrows the others: at the escape every layer is close to rank one. The singular values of the first layer:
 
 # %%
-figure, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+ax = sj.plot.quiet()
 values = np.asarray(flow.singular_values[0])
 ax.semilogy(flow.steps, values[:, 1:], color="0.7", linewidth=0.8)
 ax.semilogy(flow.steps, values[:, 0], color=sj.plot.COLOURS[0], marker="o", markersize=4, label="largest")
 ax.plot([], [], color="0.7", label="the other 23")
 ax.set(xlabel="step of the integrator", ylabel="singular values of layer 1")
 ax.legend(frameon=False)
-ax.spines[["top", "right"]].set_visible(False)
 plt.show()
 print("second over first, by layer:", [f"{float(v[-1, 1] / v[-1, 0]):.0e}" for v in flow.singular_values])
 

@@ -69,7 +69,7 @@ for direction in directions:
         f"L = {direction.depth}: s = {float(direction.speed):.9f}, residual {float(direction.residual):.0e}, "
         f"gap to the bound {float(direction.relative_gap):.1%}"
     )
-figure = saddle.directions_figure(directions)
+axes = sj.plot.directions(directions)
 plt.show()
 
 # %% [markdown]
@@ -96,6 +96,8 @@ for (scale, seed), run in runs.items():
 
 # %%
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.4), layout="constrained")
+for ax in (left, middle, right):
+    sj.plot.quiet(ax)
 for number, seed in enumerate(seeds):
     style = {"color": sj.plot.COLOURS[number], "marker": sj.plot.MARKERS[number], "markersize": 4, "linewidth": 1.2}
     least = [float(jnp.min(runs[scale, seed].low_rank_margin[-1])) for scale in scales]
@@ -113,8 +115,6 @@ middle.set_title(f"$\\varepsilon = {scales[-1]:g}$")
 right.axhline(1, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
 right.set(xlabel=r"time $\log_{10} t$  (steps × learning rate)", ylabel="speed / optimal speed")
 right.set_title(f"$\\varepsilon = {scales[-1]:g}$")
-for axes in (left, middle, right):
-    axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]

@@ -89,15 +89,16 @@ for name, run in (("momentum", momentum), ("Adam", adam)):
     print(f"{name}: escape after {int(run.stats['escape_step'])} steps, flow time {float(run.escape_time):.4g}")
 
 # %%
-figure, ax = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
+ax = sj.plot.quiet()
 runs = (("gradient descent", descent), ("momentum 0.9", momentum), ("Adam", adam))
 for number, (name, run) in enumerate(runs):
     ax.plot(
         run.steps[1:], run.losses[1:], color=sj.plot.COLOURS[number], linestyle=("-", "--", "-.")[number], label=name
     )
 ax.axvline(2000, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-ax.annotate("predicted", (2000, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35")
+ax.annotate(
+    "predicted", (1950, 0.85), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
+)
 ax.set(xscale="log", xlabel="step", ylabel=r"loss $\mathcal{L}$")
-ax.spines[["top", "right"]].set_visible(False)
 ax.legend(frameon=False, loc="lower left")
 plt.show()

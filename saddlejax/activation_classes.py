@@ -7,6 +7,7 @@ from .activations import Activation, activation_name, resolve_activation
 from .expansions import ORDERS, TOLERANCE, OneSidedExpansion, evaluate, expand
 
 _CLOSE = np.array([-(2.0**-60), -(2.0**-120), 2.0**-60, 2.0**-120])
+_NEXT_TO_ZERO = 2.0**-100
 _FAR = np.geomspace(2.0**-10, 1e3, 97)
 
 
@@ -132,8 +133,13 @@ def classify_activation(activation: str | Activation) -> ActivationClass:
 
 
 def value_at_zero(activation: str | Activation) -> float:
-    """`σ(0)`, a plain number even while JAX is tracing; NaN where `σ` is not defined there."""
-    return float(evaluate(resolve_activation(activation), np.zeros(1))[0, 0])
+    """`σ(0)`, a plain number even while JAX is tracing; NaN where `σ` is not defined there.
+
+    Where `σ` jumps at zero, the one of its two limits that is further from zero.
+    """
+    middle, *sides = evaluate(resolve_activation(activation), np.array([0.0, -_NEXT_TO_ZERO, _NEXT_TO_ZERO]))[0]
+    jumps = [float(side) for side in sides if abs(side - middle) > 1e-8]
+    return max([float(middle), *jumps], key=abs)
 
 
 def slope_jumps_at_zero(activation: str | Activation) -> bool:

@@ -164,7 +164,7 @@ def _descend(
             "escape_step": jnp.where(escaped, peak.step, -1),
         },
         target=f"{steps} steps are taken",
-        method="discrete steps of an optax optimiser",
+        method="discrete steps of an optax optimiser: the imbalance error is their departure from gradient flow",
     )
 
 

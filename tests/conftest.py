@@ -1,11 +1,22 @@
 """The tests run in double precision; importing saddlejax itself changes no setting.
 
-Nearly all of their time is compilation, so they let XLA optimise less. What it computes is the same up to rounding.
+Nearly all of their time is compilation, so they let XLA optimise less. What it computes is the same up to rounding. And
+what one test has compiled, no other test of the same run compiles again, be it in another process: JAX keeps programs in
+a folder, made for the run and deleted with it. It finds them by their contents, so what is tested stays what is written.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are as many as the cores
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
+    _programs = tempfile.mkdtemp(prefix="saddlejax-tests-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

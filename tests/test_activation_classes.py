@@ -206,6 +206,9 @@ def test_slopes_and_values_at_zero(any_precision):
         assert value_at_zero(name) == pytest.approx(expected, rel=1e-15)
     assert slope_jumps_at_zero(lambda z: jnp.sqrt(jnp.abs(z)))
     assert math.isnan(value_at_zero(lambda z: z * jnp.log(jnp.abs(z))))
+    # Zero at zero only, and not next to it: a step up on the right, down on the left.
+    assert value_at_zero(lambda z: jnp.where(z > 0, z + 0.25, z)) == 0.25
+    assert value_at_zero(lambda z: jnp.where(z < 0, -0.5, jnp.tanh(z))) == -0.5
 
 
 def test_summary():

@@ -39,13 +39,13 @@ def test_escape_writes_a_table_a_figure_and_the_numbers(tmp_path):
 
 
 def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
-    done = run(
-        "direction", "--depth", "2", "--depth", "3", "--width", "6", "--starts", "2", "--samples", "300", cwd=tmp_path
-    )
+    # tanh, where the search is a closed form: that for ReLU is tested in test_saddle_direction.py.
+    options = ("--activation", "tanh", "--width", "6", "--starts", "2", "--samples", "200")
+    done = run("direction", "--depth", "2", "--depth", "3", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "saddlejax-direction" / "directions.json").read_text())
     assert [one["depth"] for one in kept] == [2, 3]
-    assert kept[1]["speed"] >= kept[0]["speed"] * (1 - 1e-9) > 0
+    assert kept[0]["speed"] == pytest.approx(kept[1]["speed"]) and kept[0]["speed"] > 0
     assert f"{kept[1]['speed']:.9f}" in done.stdout
     assert (tmp_path / "saddlejax-direction" / "directions.png").stat().st_size > 10_000
 
@@ -87,13 +87,13 @@ def test_help_teaches(tmp_path):
 
 
 def test_scan_agrees_with_single_flows():
-    task = teacher()
+    task = sj.tasks.load("digits", 200)  # shapes of the test of the command, which has compiled them
     results = sj.escape_scan(
-        task, width=6, depth=3, activation=["tanh"], bottleneck=[2, 3], scale=[1e-2, 1e-4], seed=[0, 1]
+        task, width=8, depth=3, activation=["tanh"], bottleneck=[2, 3], scale=[1e-2, 1e-4], seed=[0, 1]
     )
     assert dict(results.sizes) == {"activation": 1, "bottleneck": 2, "scale": 2, "seed": 2}
     for r in (2, 3):
-        net = sj.MLP([10, 6, 6, 1], "tanh", key=jax.random.key(1))
+        net = sj.MLP([64, 8, 8, 10], "tanh", key=jax.random.key(1))
         flow = sj.gradient_flow(sj.scale_layers(net, 1e-4, layers=tuple(range(r))), task)
         cell = results.sel(activation="tanh", bottleneck=r, scale=1e-4, seed=1)
         assert float(cell.log_escape_time) == pytest.approx(float(flow.log_escape_time), rel=1e-10)

@@ -70,6 +70,7 @@ def test_flow_time_of_momentum_on_a_plateau():
     small = sj.scale_layers(NET, 1e-2)
     record = sj.gradient_descent(small, TASK, optax.sgd(1e-3, momentum=0.9), 400, every=100)
     np.testing.assert_allclose(np.diff(record.times)[1:], 100 * 1e-3 / (1 - 0.9), rtol=1e-3)
+    assert "the imbalance error is their departure from gradient flow" in str(record)
 
 
 def test_sgd_leaves_the_identity_by_the_squares_of_its_steps():

@@ -190,7 +190,7 @@ def test_the_questions_people_ask():
 def test_signal_energy_grows_at_least_as_fast_as_the_bootstrap_needs():
     task = teacher()
     constants = []
-    for scale in (1e-2, 1e-3, 1e-4):
+    for scale in (1e-2, 1e-4):
         net = network(4, "tanh", scale, 16, (0, 1, 2))
         flow = sj.gradient_flow(net, task, save=sj.Save(weights=True, singular_values=False))
         growth = sj.signal_growth(flow, task, 3)
@@ -199,7 +199,7 @@ def test_signal_energy_grows_at_least_as_fast_as_the_bootstrap_needs():
         # dγ/dt is the derivative of γ along the flow: γ at a row from the mean value of its rate between rows.
         constants.append(float(np.nanmin(growth.constant[plateau])))
     assert min(constants) > 0
-    # One constant serves all scales.
+    # One constant serves both scales.
     assert max(constants) < 1.5 * min(constants)
     with pytest.raises(ValueError, match="flow must have kept its weights"):
-        sj.signal_growth(sj.gradient_flow(net, task), task, 3)
+        sj.signal_growth(sj.gradient_flow(net, task, save=SMALL), task, 3)

@@ -54,7 +54,6 @@ def test_reduced_network_has_the_same_outputs_loss_and_gradient(blocks):
         ("tanh", sj.mse, 1),
         ("gelu", sj.cross_entropy, PARTITION),
         ("sin", sj.mse, [3, 2]),
-        ("tanh", sj.cross_entropy, 2),
     ],
 )
 def test_wide_and_reduced_flows_agree(activation, loss, blocks):

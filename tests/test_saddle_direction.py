@@ -219,9 +219,9 @@ def test_summary_table_and_figure():
     console.print(saddle.directions_table([best]))
     printed = console.export_text()
     assert "0.100555350" in printed and "1.075" in printed
-    figure = saddle.directions_figure([best])
-    line = figure.axes[1].lines[-1]
-    np.testing.assert_allclose(line.get_ydata(), line.get_xdata() ** -0.25)
+    _, right = sj.plot.directions([best])
+    line = right.lines[0]
+    np.testing.assert_allclose(line.get_ydata(), np.maximum(line.get_xdata(), 1) ** -0.25)
 
 
 def test_bad_arguments_are_explained():

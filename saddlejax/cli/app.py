@@ -13,6 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: paragraphs are filled, and what stands in brackets is shown
     help="How deep networks leave the plateaus of training from small weights.",
 )
 console = Console()

@@ -5,23 +5,25 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import matplotlib.pyplot as plt
 import typer
 
-from .. import saddle, tasks
+from .. import plot, saddle, tasks
 from .app import app, console, fail, progress_bar
 
 
-@app.command()
+@app.command(short_help="Optimal escape directions, over depth.")
 def direction(
-    data: Annotated[str, typer.Option(help="As for the command escape.")] = "digits",
+    data: Annotated[str, typer.Option(help="As for saddlejax escape.")] = "digits",
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
     depth: Annotated[
-        list[int] | None, typer.Option(min=2, help="Number of weight matrices; repeat.  [default: 2 to 8]")
+        list[int] | None,
+        typer.Option(min=2, help="Number L of weight matrices; repeat for several.  [default: 2 to 8]"),
     ] = None,
-    activation: Annotated[str, typer.Option(help="A homogeneous or smooth activation.")] = "relu",
-    starts: Annotated[int, typer.Option(min=1, help="Random starts a depth.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the random starts.")] = 0,
+    activation: Annotated[str, typer.Option(help="Activation, homogeneous or smooth.")] = "relu",
+    starts: Annotated[int, typer.Option(min=1, help="Number of random starts at each depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the random starts.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-direction"),
 ) -> None:
     """Optimal escape directions from the saddle at zero weights, over depth.
@@ -29,6 +31,11 @@ def direction(
     An escape direction is a point ρ with unit layers where -∇L0(ρ) = s ρ, L0 the leading order of the loss; the largest
     speed s is the way a network of tiny weights leaves. The table compares the speeds with an upper bound, and the
     singular values of every layer with the bound σ1/σ2 ≥ l^¼ for deep ReLU networks.
+
+    \b
+    Examples:
+      saddlejax direction
+      saddlejax direction --activation tanh --depth 3 --depth 6
     """
     try:
         task = tasks.load(data, samples)
@@ -51,5 +58,8 @@ def direction(
     console.print(saddle.directions_table(found))
     numbers, figure = out / "directions.json", out / "directions.png"
     numbers.write_text(json.dumps([saddle.record(best) for best in found], indent=2))
-    saddle.directions_figure(found).savefig(figure, dpi=160)
+    canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    plot.directions(found, axes)
+    canvas.savefig(figure, dpi=160)
+    plt.close(canvas)
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)

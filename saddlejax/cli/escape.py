@@ -15,23 +15,27 @@ from ..flow.result import power_of_ten
 from .app import app, console, fail, progress_bar
 
 
-@app.command()
+@app.command(short_help="Escape times from the first plateau, over init scales.")
 def escape(
     data: Annotated[
         str, typer.Option(help="'digits', 'openml' for MNIST by download, or a folder or .npz file with MNIST.")
     ] = "digits",
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
-    depth: Annotated[int, typer.Option(min=2, help="Number of weight matrices.")] = 4,
-    activation: Annotated[list[str] | None, typer.Option(help="Repeat for several.  [default: tanh, relu]")] = None,
+    depth: Annotated[int, typer.Option(min=2, help="Number L of weight matrices.")] = 4,
+    activation: Annotated[
+        list[str] | None, typer.Option(help="Activation; repeat for several.  [default: tanh, relu]")
+    ] = None,
     bottleneck: Annotated[
         list[int] | None, typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4]")
     ] = None,
     scale: Annotated[
         list[float] | None,
-        typer.Option(help="Init scale ε of the small layers; repeat.  [default: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]"),
+        typer.Option(
+            help="Init scale ε of the small layers; repeat for several.  [default: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]"
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of random initialisations.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of random initialisations: seeds 0, 1, …")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-escape"),
 ) -> None:
     """Measure how long networks of tiny weights stay on the first plateau, and compare with the theory.
@@ -44,12 +48,10 @@ def escape(
     The table also says how much work the measurement took (gradients) and how many steps gradient descent would have
     needed for the same escape at the largest learning rate that is stable there (2/λ, λ the top Hessian eigenvalue).
 
+    \b
     Examples:
-
       saddlejax escape
-
-      saddlejax escape --activation gelu --bottleneck 3 --bottleneck 5 --depth 6 --scale 1e-2 --scale 1e-6
-
+      saddlejax escape --activation gelu --depth 6 --bottleneck 3 --bottleneck 5
       saddlejax escape --data path/to/mnist --samples 2000 --width 50
     """
     try:

@@ -25,26 +25,28 @@ from .app import app, console, fail, progress_bar
 CHECK = 3.0
 
 
-@app.command()
+@app.command(short_help="One network, from saddle to saddle.")
 def staircase(
     activation: Annotated[
-        str, typer.Option(help="'identity' makes a linear network, the textbook staircase; tanh and relu are others.")
+        str, typer.Option(help="Activation; 'identity' makes a linear network, the textbook staircase.")
     ] = "identity",
     data: Annotated[
-        str, typer.Option(help="'teacher', a linear map with singular values 4, 2, 1, ½, or as for the command escape.")
+        str, typer.Option(help="'teacher', a linear map with singular values 4, 2, 1, ½, or as for saddlejax escape.")
     ] = "teacher",
     samples: Annotated[int, typer.Option(min=1, help="Use the first so many samples of the data.")] = 200,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 10,
-    depth: Annotated[int, typer.Option(min=2, help="Number of weight matrices.")] = 4,
+    depth: Annotated[int, typer.Option(min=2, help="Number L of weight matrices.")] = 4,
     scale: Annotated[float, typer.Option(help="Init scale ε of all layers.")] = 1e-3,
-    loss: Annotated[float, typer.Option(help="End where the loss is down to this part of its value at zero.")] = 1e-3,
+    loss: Annotated[
+        float, typer.Option(help="End where the loss is down to this part of its value at zero weights.")
+    ] = 1e-3,
     rtol: Annotated[
         float | None, typer.Option(help="Tolerance of a step.  [default: 1e-2 where smooth, 2e-4 for kinks]")
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="End after so many steps at the latest.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Of the random initialisation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random initialisation.")] = 0,
     layer: Annotated[int, typer.Option(help="The layer, from 0, whose singular values to draw.")] = 0,
-    polish: Annotated[bool, typer.Option(help="Search for the saddles themselves.")] = True,
+    polish: Annotated[bool, typer.Option(help="Search for the saddles next to the plateaus.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("saddlejax-staircase"),
 ) -> None:
     """Follow a network from saddle to saddle, through all its plateaus.
@@ -54,10 +56,9 @@ def staircase(
     by an exponential method whose work grows like log 1/ε, however long the plateaus are; that of a ReLU network by an
     explicit one. The last column says how much the end of a plateau moves, in log t, at three times the tolerance.
 
+    \b
     Examples:
-
       saddlejax staircase
-
       saddlejax staircase --activation tanh --depth 3 --data digits
     """
     try:

@@ -15,7 +15,7 @@ from ..sweep.sweep import sweep as run_sweep
 from .app import app, console, fail
 
 
-@app.command()
+@app.command(short_help="A grid of networks from a file, resumable.")
 def sweep(
     specification: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What to compute, and where to keep it.")],
     store: Annotated[Path | None, typer.Option(help="Folder for the results, in place of the file's.")] = None,
@@ -26,12 +26,12 @@ def sweep(
 ) -> None:
     """A grid of flows or escape directions from a file, kept in a Zarr store; call it again to go on after any stop.
 
+    \b
     An example of SPEC.toml:
-
       [task]
       data = "digits"
       samples = 500
-
+    \b
       [grid]
       width = 24
       depth = [2, 3, 4]
@@ -39,7 +39,7 @@ def sweep(
       bottleneck = "all"
       scale = { from = 1e-1, to = 1e-5, count = 5 }
       seed = { count = 8 }
-
+    \b
       [flow]
       until = "escape"
 

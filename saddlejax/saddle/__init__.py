@@ -19,7 +19,6 @@ from .origin import (
     tangent as tangent,
 )
 from .report import (
-    directions_figure as directions_figure,
     directions_over_depth as directions_over_depth,
     directions_table as directions_table,
     record as record,

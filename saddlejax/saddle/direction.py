@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
+from threadpoolctl import threadpool_limits
 
 from .. import _check
 from ..activations import Activation, resolve_activation
@@ -171,7 +172,9 @@ def _on_host(search: Search, arguments: tuple, starts: int, narrow_starts: int) 
     }
 
     def host(*arguments: Any) -> dict[str, Any]:
-        results = settle(search, *arguments)
+        # The matrices are small: threads of the linear algebra would spend ten times the work in waiting for each other.
+        with threadpool_limits(limits=1, user_api="blas"):
+            results = settle(search, *arguments)
         return jax.tree.map(lambda result, like: np.asarray(result, like.dtype), results, shapes)
 
     if _check.is_concrete(arguments):

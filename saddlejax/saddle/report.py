@@ -1,4 +1,4 @@
-"""Escape directions over depth, as a table and a figure."""
+"""Escape directions over depth, as records and as a table."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,12 @@ from jaxtyping import PRNGKeyArray
 from .. import _check
 from ..activations import Activation, activation_name
 from ..tasks.task import Task
-from . import figures
 from .direction import escape_direction
 from .low_rank import low_rank_margin
 from .result import EscapeDirection
 from .settle import RANDOM
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -97,16 +95,6 @@ def directions_table(directions: Sequence[EscapeDirection]) -> "Table":
     )
     table.caption_justify = "left"
     return table
-
-
-def directions_figure(directions: Sequence[EscapeDirection]) -> "Figure":
-    """Speeds over depth, and the singular values of the deepest direction against `l^{−1/4}`."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    figures.speeds(directions, left)
-    figures.singular_values(max(directions, key=lambda one: one.depth), right)
-    return figure
 
 
 def _margin(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Figures: matplotlib Axes in, Axes out."""
+"""Figures of sweeps: escape times, exponents, the collapse over activations."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,22 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from ._check import layer_indices
-from .flow import Flow
-from .saddle.figures import singular_values as singular_values
-
-# Dark enough for print, and told apart by colour-blind readers (Okabe & Ito), with a marker each besides.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-def _quiet(ax: Axes | None) -> Axes:
-    if ax is None:
-        _, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, which="major", color="0.92", linewidth=0.8)
-    ax.set_axisbelow(True)
-    return ax
+from ._style import COLOURS, DASHES, MARKERS, quiet
 
 
 def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
@@ -32,7 +17,7 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
 
     **Arguments:** `results` of a sweep or scan; `ax`, made anew by default; `activation`, by default the first.
     """
-    ax = _quiet(ax)
+    ax = quiet(ax)
     results = _of_activation(results, activation)
     scale = results.scale.values
     for i, (label, r, times) in enumerate(_curves(results)):
@@ -44,13 +29,11 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
         ax.plot(scale, middle, color=colour, linewidth=1.6, label=label)
         law = _law(scale, int(r), middle)
         if law is not None:
-            ax.plot(*law, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            ax.plot(*law, **DASHES, zorder=1)
     ax.plot(
         [],
         [],
-        color="0.45",
-        linewidth=1,
-        linestyle=(0, (4, 3)),
+        **DASHES,
         label=r"law: $\varepsilon^{-(r-2)}$, or $\log 1/\varepsilon$",
     )
     ax.set_xscale("log")
@@ -64,7 +47,7 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
 
 def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
     """Local exponent `−d log τ/d log ε` against init scale, with the law's `r − 2` as dashes; bars span the seeds."""
-    ax = _quiet(ax)
+    ax = quiet(ax)
     results = _of_activation(results, activation)
     scale = results.scale.values
     for i, r in enumerate(results.bottleneck.values):
@@ -87,7 +70,7 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
                 capsize=2,
                 label=f"$r = {r}$",
             )
-        ax.axhline(max(int(r) - 2, 0), color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ax.axhline(max(int(r) - 2, 0), **DASHES, zorder=1)
     ax.set_xscale("log")
     ax.invert_xaxis()
     ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
@@ -104,7 +87,7 @@ def collapse(results: xr.Dataset, axes: Sequence[Axes] | None = None) -> Sequenc
         _, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
     named = ((axes[0], "log_escape_time", r"\tau"), (axes[1], "log_collapsed_time", r"\alpha^{L-1}\,\tau"))
     for ax, variable, symbol in named:
-        _quiet(ax)
+        quiet(ax)
         for i, name in enumerate(results.activation.values):
             times = results[variable].sel(activation=name) / np.log(10)
             style = ("-", "--", ":")[i // len(COLOURS) % 3]
@@ -117,72 +100,6 @@ def collapse(results: xr.Dataset, axes: Sequence[Axes] | None = None) -> Sequenc
     axes[0].set_title("raw")
     axes[1].set_title("collapsed")
     axes[1].legend(frameon=False, fontsize="small", ncols=2)
-    return axes
-
-
-def flow(flow: Flow, ax: Axes | None = None) -> Axes:
-    """Loss against time along a flow, the escape marked where there is one."""
-    ax = _quiet(ax)
-    log_times = np.asarray(flow.log_times) / np.log(10)
-    shown = np.isfinite(log_times)
-    ax.plot(log_times[shown], np.asarray(flow.losses)[shown], color=COLOURS[0], marker=".", linewidth=1.6)
-    escape = float(flow.log_escape_time) / np.log(10)
-    if np.isfinite(escape):
-        ax.axvline(escape, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-        ax.annotate(
-            "escape", (escape, 1), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
-        )
-    ax.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
-    ax.set_ylabel(r"loss $\mathcal{L}$")
-    return ax
-
-
-def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0) -> Sequence[Axes]:
-    """A flow from saddle to saddle: the loss, plateaus shaded and labelled with their rank, and singular values below.
-
-    The label is the smallest rank of a layer (see [`saddlejax.staircase.plateaus`][]). Time begins at most a
-    factor of ten before the first escape.
-
-    **Arguments:** `flow`, with its singular values; `axes`, two of them, made anew by default; `layer`, whose singular
-    values to show.
-    """
-    if axes is None:
-        _, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
-    (layer,) = layer_indices(layer, flow.net.depth)
-    found = flow.plateaus()
-    times = np.asarray(flow.log_times) / np.log(10)
-    shown = np.isfinite(times)
-    last = times[shown][-1]
-    escapes = [p.log_end / np.log(10) for p in found if np.isfinite(p.log_end)]
-    first = max(min(escapes[0] if escapes else last, last) - 1, times[shown][0])
-    edge = last + 0.02 * (last - first)
-    loss, values = _quiet(axes[0]), _quiet(axes[1])
-    for i, plateau in enumerate(found):
-        begin = max(plateau.log_start / np.log(10), first)
-        end = min(plateau.log_end / np.log(10), last)
-        for ax in (loss, values):
-            ax.axvspan(begin, end, color="0.55", alpha=(0.10, 0.22)[i % 2], linewidth=0, zorder=0)
-        loss.annotate(
-            f"rank {plateau.bottleneck_rank[1]}",
-            (0.5 * (begin + end), plateau.loss),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color="0.25",
-            fontsize="small",
-        )
-    loss.plot(times[shown], np.asarray(flow.losses)[shown], color=COLOURS[0], linewidth=1.6)
-    assert flow.singular_values is not None
-    for i, series in enumerate(np.asarray(flow.singular_values[layer])[shown].T):
-        values.plot(times[shown], series, color=COLOURS[i % len(COLOURS)], linewidth=1.2)
-    loss.set_xlim(first, edge)
-    loss.set_ylim(0, 1.12 * float(flow.losses[0]))
-    loss.set_ylabel(r"loss $\mathcal{L}$")
-    values.set_yscale("log")
-    values.set_ylabel(f"singular values of layer {layer + 1}")
-    values.set_xlabel(r"time $\log_{10} t$  (steps × learning rate)")
-    values.set_xlim(first, edge)
     return axes
 
 
