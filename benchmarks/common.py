@@ -125,16 +125,18 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
     return executable, time.perf_counter() - begin
 
 
-def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0) -> tuple[Any, float]:
+def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0, compiles: bool = False) -> tuple[Any, float]:
     """The result of a call and its median seconds, after one call to warm up; fewer repeats where a call takes long.
 
-    JAX arrays in the result are waited for.
+    JAX arrays in the result are waited for. Where the first call takes longer than `enough` it counts, unless it `compiles`.
     """
     begin = time.perf_counter()
     result = jax.block_until_ready(call())
     first = time.perf_counter() - begin
-    seconds = [first] if first > enough else []
-    for _ in range(0 if first > enough else max(1, min(repeats, round(enough / max(first, 1e-9))))):
+    if first > enough and not compiles:
+        return result, first
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < enough:
         begin = time.perf_counter()
         result = jax.block_until_ready(call())
         seconds.append(time.perf_counter() - begin)
@@ -190,7 +192,12 @@ def number(value: float, digits: int = 2) -> str:
         return "–"
     if value >= 1e6 or 0 < value < 1e-2:
         return f"{value:.{digits - 1}e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.{digits + 1}g}"
+    return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+
+
+def power_law(x0: float, x1: float, x: float, y0: float, y1: float) -> float:
+    """The power law through two points, at `x`; zero where they are."""
+    return float(y1 * (y1 / y0) ** (np.log(x / x1) / np.log(x1 / x0))) if y0 > 0 else 0.0
 
 
 def axes(

@@ -175,11 +175,9 @@ def expect(name: str, problem: Problem, found: dict[float, Run]) -> Run | None:
     if len(known) == 1:
         return None
     (before_scale, before), (last_scale, _) = known[-2:]
-    share = np.log(problem.scale / last_scale) / np.log(last_scale / before_scale)
 
     def continued(field: str) -> float:
-        old, new = getattr(before, field), getattr(last, field)
-        return float(new * (new / old) ** share) if old > 0 else 0.0
+        return common.power_law(before_scale, last_scale, problem.scale, getattr(before, field), getattr(last, field))
 
     return Run(problem.time, continued("gradients"), continued("seconds"), 0.0, round(continued("hessians")), True)
 
@@ -401,10 +399,10 @@ def seconds_table(results: dict[str, dict[float, Run]], problems: list[Problem])
 
     def cell(problem: Problem, run: Run) -> str:
         ratio = run.seconds / ours[problem.scale].seconds
-        return bracketed(run, f"{common.number(run.seconds)} (×{common.number(ratio)})")
+        return bracketed(run, f"{common.number(run.seconds)}, ×{common.number(ratio)}")
 
     compilation = [f"{next(iter(runs.values())).compilation:.1f}" for runs in results.values()]
-    title = "Seconds after compilation (and as a multiple of saddlejax's)"
+    title = "Seconds after compilation, and as a multiple of saddlejax's"
     return cells_table(title, problems, results, cell, {"compilation (s)": compilation})
 
 
