@@ -28,7 +28,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import track
 
-QUICK = {"repeats": 1, "width": 4, "samples": 10, "depths": [2, 3], "rivals": ["saddlejax"]}
+QUICK = {
+    "repeats": 1,
+    "width": 4,
+    "samples": 10,
+    "depths": [2],
+    "imports": ["jax"],
+    "rivals": ["saddlejax"],
+    "scans": ["sweep"],
+    "warm": False,
+}
 IMPORTS = {
     "saddlejax": "saddlejax",
     "jax": "jax",
@@ -207,7 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4, 5, 6])
+    parser.add_argument("--imports", nargs="+", choices=IMPORTS, default=list(IMPORTS))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--scans", nargs="+", choices=SCANS, default=list(SCANS))
+    parser.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True, help="also with a warm cache")
     options = common.parse(parser, arguments, QUICK)
     left_out = {name for name, package in NEEDED.items() if importlib.util.find_spec(package) is None}
     for name in left_out:
@@ -233,7 +245,7 @@ def child(code: str, cache: Path | None = None) -> list[str]:
 
 def import_times(options: argparse.Namespace, left_out: set[str]) -> dict[str, list[float]]:
     """Seconds of every repeat; the first round, which fills the disk's cache, does not count."""
-    names = [name for name in IMPORTS if name not in left_out]
+    names = [name for name in options.imports if name not in left_out]
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in track(range(options.repeats + 1), description="imports"):
         for name in names:
@@ -254,7 +266,7 @@ def first_results(options: argparse.Namespace, left_out: set[str]) -> dict[str, 
             imports, body = RIVALS[name]
             code = FIRST.format(imports=imports, body=body.format(**settings), second=SECOND_SCALE)
             result[name] = medians([json.loads(child(code)[0]) for _ in range(options.repeats)])
-            if "jax" in imports:
+            if options.warm and "jax" in imports:
                 cache = Path(folder) / name
                 child(code, cache)
                 runs = [json.loads(child(code, cache)[0]) for _ in range(options.repeats)]
@@ -282,8 +294,8 @@ def compilations(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]
     """Of every way to scan: what its first call compiles, and a second one with other scales and seeds."""
     found = {}
     problem = PROBLEM.format(**vars(options))
-    for name, scan in track(SCANS.items(), description="scans"):
-        code = COUNTED.format(problem=problem, scan=scan.format(**vars(options)), depths=options.depths)
+    for name in track(options.scans, description="scans"):
+        code = COUNTED.format(problem=problem, scan=SCANS[name].format(**vars(options)), depths=options.depths)
         found[name] = [json.loads(line) for line in child(code)]
     return found
 
