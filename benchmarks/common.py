@@ -125,16 +125,12 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
     return executable, time.perf_counter() - begin
 
 
-def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0, compiles: bool = False) -> tuple[Any, float]:
-    """The result of a call and its median seconds, after one call to warm up; fewer repeats where a call takes long.
+def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0) -> tuple[Any, float]:
+    """The result of a call and its median seconds, after one call to warm up; no more repeats once they took `enough`.
 
-    JAX arrays in the result are waited for. Where the first call takes longer than `enough` it counts, unless it `compiles`.
+    JAX arrays in the result are waited for.
     """
-    begin = time.perf_counter()
     result = jax.block_until_ready(call())
-    first = time.perf_counter() - begin
-    if first > enough and not compiles:
-        return result, first
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < enough:
         begin = time.perf_counter()

@@ -37,7 +37,7 @@ ADAM = [(1e-2, FOREVER), (3e-2, FOREVER), (3e-2, 300.0), (3e-2, 600.0), (1e-1, 3
 FIXED_STEPS = [0.1, 0.3, 1.0]
 TUNING_STARTS = 2
 MEMORY, DECREASE = 10, 1e-4
-QUICK = {"starts": 2, "depths": [3], "problems": 1, "samples": 40, "width": 4, "limit": 60, "memory_samples": 100}
+QUICK = {"starts": 2, "depths": [3], "problems": 0, "samples": 40, "width": 4, "limit": 60, "memory_samples": 100}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = [both_depths(number) for number in track(range(options.problems), description="search")]
     size = (60_000, 784, 1000, (1,)) if options.full else (options.memory_samples, 200, 250, (0.25, 1, 4))
     sizes = memory(*size)
-    tables = [work_table(rows, options), search_table(found), memory_table(sizes)]
+    tables = [work_table(rows, options), *([search_table(found)] if found else []), memory_table(sizes)]
     notes = ["; ".join(f"L = {row['depth']}: {row['settings']}" for row in rows)]
     common.save(options, tables, {"work": rows, "search": found, "memory": sizes}, figure(rows), notes)
 
@@ -74,14 +74,12 @@ def work(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     evaluate = cost_and_residual(starts[0][1], origin)
     points = jnp.stack([point for point, _ in starts])
     counts["SciPy L-BFGS"] = [scipy_evaluations(point, evaluate, limit) for point in points]
-    counts["Riemannian, BB steps"] = riemannian(points, evaluate, starts[0][1], limit, 1.0, True)
-    settings = []
-    adaptive = lambda points, rate, horizon: adam(points, evaluate, limit, rate, horizon)  # noqa: E731
-    counts["Adam, best rate"], best = tuned(adaptive, points, ADAM)
+    on_spheres = riemannian(evaluate, starts[0][1], limit)
+    counts["Riemannian, BB steps"] = on_spheres(points, 1.0, True)
+    counts["Riemannian, best fixed step"], best = tuned(on_spheres, points, [(step, False) for step in FIXED_STEPS])
+    settings = [f"fixed steps of {best[0]:g}"]
+    counts["Adam, best rate"], best = tuned(adam(evaluate, limit), points, ADAM)
     settings.append(f"Adam at {best[0]:g}" + (f" falling to zero in {best[1]:g}" if best[1] < FOREVER else ""))
-    fixed = lambda points, step: riemannian(points, evaluate, starts[0][1], limit, step, False)  # noqa: E731
-    counts["Riemannian, best fixed step"], best = tuned(fixed, points, [(step,) for step in FIXED_STEPS])
-    settings.append(f"fixed steps of {best[0]:g}")
     whole = sj.escape_direction(task, sizes, "relu", starts=options.starts, key=jax.random.key(depth))
     random = np.asarray(whole.start_kinds) == 0
     return {
@@ -151,10 +149,11 @@ def scipy_evaluations(point: jax.Array, evaluate: Evaluate, limit: int) -> int:
     return limit
 
 
-def adam(points: jax.Array, evaluate: Evaluate, limit: int, rate: float, horizon: float) -> list[int]:
+def adam(evaluate: Evaluate, limit: int) -> Callable[..., list[int]]:
     """Evaluations of Adam from every point, its rate falling to zero as a cosine over the horizon."""
     scaling = optax.scale_by_adam()
 
+    @jax.jit
     def run(point, rate, horizon):
         def turn(carry):
             point, state, _, count = carry
@@ -163,23 +162,21 @@ def adam(points: jax.Array, evaluate: Evaluate, limit: int, rate: float, horizon
             now = 0.5 * rate * (1 + jnp.cos(jnp.pi * jnp.minimum(count / horizon, 1)))
             return point - now * update, state, residual, count + 1
 
-        return jax.lax.while_loop(
-            lambda c: (c[2] > TARGET) & (c[3] < limit), turn, (point, scaling.init(point), jnp.inf, 0)
-        )[3]
+        first = (point, scaling.init(point), jnp.inf, 0)
+        return jax.lax.while_loop(lambda c: (c[2] > TARGET) & (c[3] < limit), turn, first)[3]
 
-    return _each(run, points, jnp.asarray(rate), jnp.asarray(horizon))
+    return lambda points, *settings: [int(run(point, *map(jnp.asarray, settings))) for point in points]
 
 
-def riemannian(
-    points: jax.Array, evaluate: Evaluate, restore: Callable, limit: int, first_step: float, adaptive: bool
-) -> list[int]:
+def riemannian(evaluate: Evaluate, restore: Callable, limit: int) -> Callable[..., list[int]]:
     """Evaluations of gradient descent on the product of spheres from every point.
 
     `adaptive` steps are those of Barzilai and Borwein under the non-monotone line search of Grippo, Lampariello and Lucidi; otherwise
     every step has the same length and is taken.
     """
 
-    def run(point, first_step):
+    @jax.jit
+    def run(point, first_step, adaptive):
         start = ravel_pytree(unit_layers(restore(point)))[0]
         value, slope, residual = evaluate(start)  # of unit layers: tangent to the spheres, since the cost has no scale
         past = jnp.full(MEMORY, -jnp.inf).at[0].set(value)
@@ -189,11 +186,11 @@ def riemannian(
             trial = ravel_pytree(unit_layers(restore(point - step * slope)))[0]
             value, new_slope, new_residual = evaluate(trial)
             enough = value <= jnp.max(past) - DECREASE * step * jnp.sum(slope**2)
-            keep = (enough & jnp.isfinite(value)) | (not adaptive)
+            keep = (enough & jnp.isfinite(value)) | ~adaptive
             moved, change = trial - point, new_slope - slope
             bend = jnp.abs(jnp.dot(moved, change))
             longer = jnp.clip(jnp.sum(moved**2) / jnp.where(bend > 0, bend, 1), 1e-6, 1e3)
-            new_step = jnp.where(keep, longer, 0.5 * step) if adaptive else step
+            new_step = jnp.where(adaptive, jnp.where(keep, longer, 0.5 * step), step)
             past = jnp.where(keep, past.at[(accepted + 1) % MEMORY].set(value), past)
             point, slope, residual = (
                 jnp.where(keep, new, old) for new, old in ((trial, point), (new_slope, slope), (new_residual, residual))
@@ -203,11 +200,7 @@ def riemannian(
         first = (start, slope, residual, first_step, past, jnp.asarray(0), jnp.asarray(1))
         return jax.lax.while_loop(lambda c: (c[2] > TARGET) & (c[6] < limit), turn, first)[6]
 
-    return _each(run, points, jnp.asarray(first_step))
-
-
-def _each(run: Callable, points: jax.Array, *settings: jax.Array) -> list[int]:
-    return np.asarray(jax.jit(lambda points, *s: jax.lax.map(lambda p: run(p, *s), points))(points, *settings)).tolist()
+    return lambda points, *settings: [int(run(point, *map(jnp.asarray, settings))) for point in points]
 
 
 def work_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> common.Table:

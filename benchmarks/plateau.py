@@ -22,9 +22,9 @@ Larger: `--width 512 --samples 10000`; on a GPU, JAX and PyTorch both take it.
 """
 
 import argparse
-import time
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 import diffrax as dfx
@@ -59,7 +59,7 @@ STABLE_FACTORS = np.arange(2.0, 0.45, -0.1)
 TRIED_STEPS = 20_000
 HALF = sj.Escape(loss_fraction=0.5)
 SMALL = sj.Save(steps=False, singular_values=False)
-QUICK = {"scales": [1e-1, 3e-2, 1e-2], "depth": 3, "width": 4, "samples": 10, "budget": 0.5}
+QUICK = {"scales": [1e-1, 3e-2], "depth": 3, "width": 4, "samples": 10, "budget": 0.5}
 
 
 class Run(NamedTuple):
@@ -183,13 +183,26 @@ def expect(name: str, problem: Problem, found: dict[float, Run]) -> Run | None:
 
 
 def saddlejax(problem: Problem) -> Run:
-    def escape(net):
-        flow = sj.gradient_flow(net, problem.task, HALF, save=SMALL)
-        return flow.log_escape_time, flow.stats["gradient_evaluations"]
-
-    run, compilation = common.compiled(escape, problem.net)
-    (log_time, gradients), seconds = common.timed(lambda: run(problem.net))
+    run, compilation = compiled(escape_time, problem.net, problem.task)
+    (log_time, gradients), seconds = common.timed(lambda: run(problem.net, problem.task))
     return Run(float(np.exp(log_time)), int(gradients), seconds, compilation)
+
+
+@functools.cache
+def executable(function: Callable, structure: Any, shapes: tuple) -> tuple[Callable, float]:
+    like = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    return common.compiled(function, *like)
+
+
+def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
+    """A function compiled once for all scales, and the seconds that took."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, arguments))
+    return executable(function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+def escape_time(net: sj.MLP, task: sj.Task) -> tuple[jax.Array, jax.Array]:
+    flow = sj.gradient_flow(net, task, HALF, save=SMALL)
+    return flow.log_escape_time, flow.stats["gradient_evaluations"]
 
 
 def optax_descent(problem: Problem) -> Run:
@@ -256,63 +269,71 @@ def torch_loss(weights, x, y):
 
 def diffrax_method(follows_scale: bool) -> Callable[[Problem], Run]:
     def method(problem: Problem) -> Run:
-        end = 2 * problem.time
         atol = RTOL * problem.scale if follows_scale else USUAL_ATOL
-
-        def escape(net):
-            def velocity(t, weights, args):
-                slopes = jax.grad(lambda w: task_loss(net.with_weights(w), problem.task))(weights)
-                return tuple(-slope for slope in slopes)
-
-            def above(t, y, args, **_):
-                return task_loss(net.with_weights(y), problem.task) - problem.half
-
-            solution = dfx.diffeqsolve(
-                dfx.ODETerm(velocity),
-                dfx.Tsit5(),
-                0.0,
-                end,
-                None,
-                net.weights,
-                stepsize_controller=dfx.PIDController(rtol=RTOL, atol=atol),
-                event=dfx.Event(above, root_finder=optimistix.Newton(rtol=1e-9, atol=1e-9 * end)),
-                max_steps=MOST_STEPS,
-                throw=False,
-            )
-            happened = solution.result == dfx.RESULTS.event_occurred
-            return jnp.where(happened, solution.ts[-1], jnp.nan), solution.stats["num_steps"]
-
-        run, compilation = common.compiled(escape, problem.net)
-        (found, steps), seconds = common.timed(lambda: run(problem.net))
+        arguments = problem.net, problem.task, problem.half, 2 * problem.time, atol
+        run, compilation = compiled(diffrax_escape, *arguments)
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        (found, steps), seconds = common.timed(lambda: run(*arguments))
         return Run(float(found), 6 * int(steps) + 1, seconds, compilation)
 
     return method
 
 
+def diffrax_escape(net: sj.MLP, task: sj.Task, half: jax.Array, end: jax.Array, atol: jax.Array) -> tuple:
+    """The time at which the loss falls to `half`, NaN where that is not before `end`, and the steps tried."""
+
+    def velocity(t, weights, args):
+        slopes = jax.grad(lambda w: task_loss(net.with_weights(w), task))(weights)
+        return tuple(-slope for slope in slopes)
+
+    def above(t, y, args, **_):
+        return task_loss(net.with_weights(y), task) - half
+
+    solution = dfx.diffeqsolve(
+        dfx.ODETerm(velocity),
+        dfx.Tsit5(),
+        0.0,
+        end,
+        None,
+        net.weights,
+        stepsize_controller=dfx.PIDController(rtol=RTOL, atol=atol),
+        event=dfx.Event(above, root_finder=optimistix.Newton(rtol=1e-9, atol=1e-9 * end)),
+        max_steps=MOST_STEPS,
+        throw=False,
+    )
+    happened = solution.result == dfx.RESULTS.event_occurred
+    return jnp.where(happened, solution.ts[-1], jnp.nan), solution.stats["num_steps"]
+
+
+def flat_loss(flat: jax.Array, net: sj.MLP, task: sj.Task) -> jax.Array:
+    return task_loss(net.with_weights(ravel_pytree(net.weights)[1](flat)), task)
+
+
+DERIVATIVES = (flat_loss, jax.grad(flat_loss), jax.hessian(flat_loss))
+
+
 def scipy_method(name: str, rtol: float = RTOL) -> Callable[[Problem], Run]:
     def method(problem: Problem) -> Run:
-        flat, unravel = ravel_pytree(problem.net.weights)
-
-        def loss_at(v):
-            return task_loss(problem.net.with_weights(unravel(v)), problem.task)
-
-        begin = time.perf_counter()
-        loss, slope, hessian = (jax.jit(f(loss_at)).lower(flat).compile() for f in (lambda f: f, jax.grad, jax.hessian))
-        compilation = time.perf_counter() - begin
+        flat = ravel_pytree(problem.net.weights)[0]
+        (loss, first), (slope, second), (hessian, third) = (
+            compiled(derivative, flat, problem.net, problem.task) for derivative in DERIVATIVES
+        )
+        compilation = first + second + third
+        rest = jax.tree.map(jnp.asarray, (problem.net, problem.task))
         gradients = hessians = 0
 
         def velocity(t, v):
             nonlocal gradients
             gradients += 1
-            return -np.asarray(slope(v))
+            return -np.asarray(slope(v, *rest))
 
         def jacobian(t, v):
             nonlocal hessians
             hessians += 1
-            return -np.asarray(hessian(v))
+            return -np.asarray(hessian(v, *rest))
 
         def above(t, v):
-            return float(loss(v)) - problem.half
+            return float(loss(v, *rest)) - problem.half
 
         above.terminal = True
 
