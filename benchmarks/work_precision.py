@@ -48,7 +48,15 @@ DEFAULT = {"tanh": ("Tsit5", SMOOTH_RTOL), "relu": ("Bosh3", KINKED_RTOL)}
 PLATEAU_SOLVERS = {"Bosh3": dfx.Bosh3(), "Tsit5": dfx.Tsit5(), "Dopri5": dfx.Dopri5(), "Dopri8": dfx.Dopri8()}
 TIME_SOLVERS = ("Bosh3", "Tsit5", "Dopri8")
 CLOCK, TIME = "plateau clock", "time t"
-QUICK = {"activations": ["tanh"], "samples": [20], "depths": [3], "scales": [1e-2], "seeds": 1, "width": 4}
+QUICK = {
+    "activations": ["tanh"],
+    "samples": [20],
+    "depths": [3],
+    "scales": [1e-2],
+    "seeds": 1,
+    "width": 4,
+    "solvers": ["Tsit5"],
+}
 
 Key = tuple[str, str]
 """A method: its solver and its clock."""
@@ -62,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1e-2, 1e-4])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--solvers", nargs="+", choices=PLATEAU_SOLVERS, default=list(PLATEAU_SOLVERS))
     options = common.parse(parser, arguments, QUICK)
     panels = [panel(activation, samples, options) for activation in options.activations for samples in options.samples]
     tables = [targets_table(p) for p in panels] + [defaults_table(panels)]
@@ -72,8 +81,10 @@ def panel(activation: str, samples: int, options: argparse.Namespace) -> dict[st
     """All methods at all tolerances on one kind of problem; medians, and every single run."""
     task = sj.tasks.single_index(jnp.tanh, in_size=10, samples=samples, key=jax.random.key(1))
     half = 0.5 * float(zero_loss(task))
-    methods = {(name, CLOCK): plateau(solver, task) for name, solver in PLATEAU_SOLVERS.items()}
-    methods |= {(name, TIME): physical(PLATEAU_SOLVERS[name], task, half) for name in TIME_SOLVERS}
+    methods = {(name, CLOCK): plateau(PLATEAU_SOLVERS[name], task) for name in options.solvers}
+    methods |= {
+        (name, TIME): physical(PLATEAU_SOLVERS[name], task, half) for name in options.solvers if name in TIME_SOLVERS
+    }
     runs: dict[Key, list[list[tuple[float, float]]]] = {key: [] for key in methods}
     reference_errors = []
     cases = list(itertools.product(options.depths, options.scales, range(options.seeds)))
