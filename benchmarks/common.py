@@ -36,6 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("saddlejax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scipy", "torch", "torchdiffeq")
 BUSY = 0.3
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+ONE = 1 if hasattr(os, "sched_setaffinity") else len(CORES)
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
@@ -53,7 +54,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
         prog=f"benchmarks/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    result.add_argument("--threads", type=int, default=1, help="threads for every rival")
+    result.add_argument("--threads", type=int, default=ONE, help="threads for every rival")
     result.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="file to write all numbers to")
     result.add_argument("--figure", type=Path, default=RESULTS / f"{name}.png", help="file to draw to")
     return result
@@ -66,11 +67,23 @@ def parse(
     if parser.parse_args(arguments).quick:
         parser.set_defaults(**quick)
     options = parser.parse_args(arguments)
-    options.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    options.command = command(parser.prog, sys.argv[1:] if arguments is None else arguments)
     use_threads(options.threads)
     if LOAD > BUSY:
         Console().print(f"[yellow]This machine is busy (load {LOAD:.1f}): seconds will be too long, ratios rough.[/]")
     return options
+
+
+def command(program: str, arguments: Sequence[str]) -> str:
+    """The command that does the same, wherever it writes to."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--json", "--figure"):
+            next(rest)
+        elif not argument.startswith(("--json=", "--figure=")):
+            kept.append(argument)
+    return shlex.join(["python", program, *kept])
 
 
 def use_threads(count: int) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,15 @@ def load(monkeypatch):
 def test_runs(name, load, tmp_path, capsys):
     script = load(name)
     script.main(
-        ["--quick", "--threads", "64", "--json", f"{tmp_path}/{name}.json", "--figure", f"{tmp_path}/{name}.png"]
+        [
+            "--quick",
+            "--threads",
+            str(os.cpu_count()),
+            "--json",
+            f"{tmp_path}/{name}.json",
+            "--figure",
+            f"{tmp_path}/{name}.png",
+        ]
     )
     plt.close("all")
     record = json.loads((tmp_path / f"{name}.json").read_text())
