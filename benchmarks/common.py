@@ -138,12 +138,12 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
     return executable, time.perf_counter() - begin
 
 
-def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0) -> tuple[Any, float]:
+def timed(call: Callable[[], Any], repeats: int = 5, enough: float = 5.0, warm_up: bool = True) -> tuple[Any, float]:
     """The result of a call and its median seconds, after one call to warm up; no more repeats once they took `enough`.
 
-    JAX arrays in the result are waited for.
+    JAX arrays in the result are waited for. Without `warm_up` the first call counts too: for what was compiled before and may be slow.
     """
-    result = jax.block_until_ready(call())
+    result = jax.block_until_ready(call()) if warm_up else None
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < enough:
         begin = time.perf_counter()

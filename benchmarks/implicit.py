@@ -90,7 +90,7 @@ def dense(method: str, rtol: float) -> Callable[..., Passage]:
             tolerances = {"rtol": rtol, "atol": rtol * scale}
             return solve_ivp(velocity, (0, LONGEST), flat, method=method, events=events, jac=jacobian, **tolerances)
 
-        done, seconds = common.timed(solve, repeats=3)
+        done, seconds = common.timed(solve, repeats=3, warm_up=False)
         times = [found[0] if len(found) else np.nan for found in done.t_events]
         return Passage(np.log(times), count["gradients"], 0, count["hessians"], len(done.t) - 1, seconds)
 
@@ -127,7 +127,8 @@ def kvaerno(rtol: float) -> Callable[..., Passage]:
             return solution.ts, *solution.ys, solution.stats["num_steps"]
 
         solve_compiled, _ = common.compiled(solve, flat)
-        (times, losses, slopes, steps), seconds = common.timed(lambda: solve_compiled(flat), repeats=3)
+        call = lambda: solve_compiled(flat)  # noqa: E731
+        (times, losses, slopes, steps), seconds = common.timed(call, repeats=3, warm_up=False)
         log_times = crossings(np.asarray(times), np.asarray(losses), np.asarray(slopes), levels)
         return Passage(log_times, None, 0, 0, int(steps), seconds)
 

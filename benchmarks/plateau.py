@@ -158,13 +158,13 @@ def measure(name: str, method: Callable[[Problem], Run], problems: list[Problem]
         expected = expect(name, problem, found)
         if expected is None or expected.seconds <= budget:
             found[problem.scale] = method(problem)
-        else:
+        elif expected.extrapolated:
             found[problem.scale] = expected
     return found
 
 
 def expect(name: str, problem: Problem, found: dict[float, Run]) -> Run | None:
-    """Work and seconds at a smaller scale than those known; None where too little is known."""
+    """Work and seconds at a smaller scale than those known; None where nothing is known, the last run where no more is."""
     known = list(found.items())
     if not known:
         return None
@@ -173,7 +173,7 @@ def expect(name: str, problem: Problem, found: dict[float, Run]) -> Run | None:
         steps = problem.time / problem.rate
         return Run(problem.time, steps, steps * last.seconds / last.gradients, 0.0, 0, True)
     if len(known) == 1:
-        return None
+        return last
     (before_scale, before), (last_scale, _) = known[-2:]
 
     def continued(field: str) -> float:
@@ -344,7 +344,7 @@ def scipy_method(name: str, rtol: float = RTOL) -> Callable[[Problem], Run]:
             done = solve_ivp(velocity, (0, 2 * problem.time), np.asarray(flat), method=name, **options)
             return done.t_events[0]
 
-        reached, seconds = common.timed(solve)
+        reached, seconds = common.timed(solve, warm_up=False)
         return Run(float(reached[0]) if len(reached) else np.nan, gradients, seconds, compilation, hessians)
 
     return method
@@ -397,7 +397,13 @@ def cells_table(
     columns = ["method", *more, *(f"ε = {p.scale:g}" for p in problems)]
     rows = []
     for i, (name, runs) in enumerate(results.items()):
-        rows.append([name, *(column[i] for column in more.values()), *(cell(p, runs[p.scale]) for p in problems)])
+        rows.append(
+            [
+                name,
+                *(column[i] for column in more.values()),
+                *(cell(p, runs[p.scale]) if p.scale in runs else "–" for p in problems),
+            ]
+        )
     return common.Table(title, columns, rows)
 
 
@@ -443,19 +449,19 @@ def error(problem: Problem, run: Run) -> float:
 def figure(results: dict[str, dict[float, Run]], problems: list[Problem]) -> Figure:
     """Gradients, seconds and errors against the scale."""
     result, ((left, middle, right),) = common.axes(3)
-    scales = np.array([p.scale for p in problems])
     for i, (name, runs) in enumerate(results.items()):
         style = {**common.style(i), "markersize": 5 if i == 0 else 4, "linewidth": 2.2 if i == 0 else 1.1}
-        measured = np.array([not runs[scale].extrapolated for scale in scales])
-        beyond = np.flatnonzero(~measured)
+        measured = [(p, runs[p.scale]) for p in problems if p.scale in runs and not runs[p.scale].extrapolated]
+        scales = [p.scale for p, _ in measured]
+        beyond = [scale for scale, run in runs.items() if run.extrapolated]
         for ax, field in ((left, "gradients"), (middle, "seconds")):
-            values = np.array([getattr(runs[scale], field) for scale in scales], float)
-            ax.loglog(scales[measured], values[measured], label=name, zorder=3 if i == 0 else 2, **style)
-            if len(beyond):
-                first = max(beyond[0] - 1, 0)
-                ax.loglog(scales[first:], values[first:], **{**style, "linestyle": "--", "marker": ""})
-        errors = [max(error(p, runs[p.scale]), 1e-12) for p, kept in zip(problems, measured, strict=True) if kept]
-        right.loglog(scales[measured], errors, **style)
+            values = [getattr(run, field) for _, run in measured]
+            ax.loglog(scales, values, label=name, zorder=3 if i == 0 else 2, **style)
+            if beyond:
+                dashed = [scales[-1], *beyond]
+                values = [getattr(runs[scale], field) for scale in dashed]
+                ax.loglog(dashed, values, **{**style, "linestyle": "--", "marker": ""})
+        right.loglog(scales, [max(error(p, run), 1e-12) for p, run in measured], **style)
     left.set_ylabel("gradient evaluations to the escape")
     middle.set_ylabel("seconds after compilation")
     right.set_ylabel("relative error of the escape time")

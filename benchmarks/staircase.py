@@ -177,7 +177,7 @@ def cross(
         if forms_hessian and parameters > options.dense:
             row["runs"][name] = {"left_out": f"Hessian of {parameters:,} rows"}
         elif expected is not None and expected["seconds"] > options.budget:
-            row["runs"][name] = expected
+            row["runs"][name] = {"left_out": "would take long"} if "unknown" in expected else expected
         else:
             run = METHODS[name](net, task, LEVELS, scale)
             row["runs"][name] = {
@@ -196,10 +196,10 @@ def total(run: Passage, parameters: int) -> float | None:
 
 
 def expect(name: str, row: dict[str, Any], before: list[dict], over: str) -> dict[str, Any] | None:
-    """Seconds and work by a power law through the last two runs; None where there are not two."""
+    """Seconds and work by a power law through the last two runs; after a single one its seconds; None before."""
     known = [r for r in before if "seconds" in r["runs"].get(name, {})]
     if len(known) < 2:
-        return None
+        return {"seconds": known[-1]["runs"][name]["seconds"], "unknown": True} if known else None
     (x0, first), (x1, second) = ((r[over], r["runs"][name]) for r in known[-2:])
 
     def continued(field: str) -> float | None:
