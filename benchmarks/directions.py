@@ -43,7 +43,7 @@ QUICK = {
     "problems": 0,
     "samples": 40,
     "width": 4,
-    "limit": 60,
+    "limit": 300,
     "whole": False,
     "memory_samples": 100,
 }

@@ -306,7 +306,9 @@ def figure(panels: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
     for ax in grid[:, 0]:
         ax.set_ylabel("relative error of the escape time")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    result.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    result.legend(
+        handles, labels, loc="outside lower center", ncols=3 if len(panels) > 1 else 2, frameon=False, fontsize="small"
+    )
     return result
 
 

@@ -1,4 +1,7 @@
-"""Every benchmark runs at a tiny size, and its results can be put into the documentation."""
+"""Benchmarks run at a tiny size, and their results can be put into the documentation.
+
+Left out are those that are nearly all compilation of what other tests run: `directions_along_flow`, `exponents`; and `sweep`.
+"""
 
 import importlib
 import json
@@ -12,8 +15,6 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = (
     "directions",
-    "directions_along_flow",
-    "exponents",
     "plateau",
     "predictions",
     "staircase",
