@@ -68,6 +68,7 @@ def parse(
         parser.set_defaults(**quick)
     options = parser.parse_args(arguments)
     options.command = command(parser.prog, sys.argv[1:] if arguments is None else arguments)
+    options.question = (parser.description or "").strip().partition("\n")[0]
     use_threads(options.threads)
     if LOAD > BUSY:
         Console().print(f"[yellow]This machine is busy (load {LOAD:.1f}): seconds will be too long, ratios rough.[/]")
@@ -171,8 +172,10 @@ def save(
         console.print(shown)
     for note in notes:
         console.print(note)
-    settings = {name: value for name, value in vars(options).items() if name not in ("command", "json", "figure")}
+    kept_apart = ("command", "question", "json", "figure")
+    settings = {name: value for name, value in vars(options).items() if name not in kept_apart}
     record = {
+        "question": options.question,
         "command": options.command,
         "machine": machine(options.threads),
         "options": settings,

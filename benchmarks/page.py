@@ -2,8 +2,8 @@
 
     python benchmarks/page.py [--results benchmarks/results]
 
-Reads every `NAME.json` there and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in `docs/benchmarks.md` by its command,
-machine and tables; copies `NAME.png` to `docs/benchmarks/NAME.png`. What has no results is left as it is. With `--check`
+Reads every `NAME.json` there and replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in `docs/benchmarks.md` by its
+figure, command, machine and tables; copies `NAME.png` to `docs/benchmarks/NAME.png`. What has no results is left as it is. With `--check`
 it writes nothing and fails where the page would change.
 """
 
@@ -29,10 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not all(mark in text for mark in marks):
             print(f"{path.name}: no {' … '.join(marks)} in {PAGE.name}, left out")
             continue
+        figure = path.with_suffix(".png")
+        figures += [figure] if figure.exists() else []
+        content = section(json.loads(path.read_text()), f"benchmarks/{figure.name}" if figure.exists() else None)
         before, _, rest = text.partition(marks[0])
-        text = f"{before}{marks[0]}\n\n{section(json.loads(path.read_text()))}\n{marks[1]}{rest.partition(marks[1])[2]}"
-        if path.with_suffix(".png").exists():
-            figures.append(path.with_suffix(".png"))
+        text = f"{before}{marks[0]}\n\n{content}\n{marks[1]}{rest.partition(marks[1])[2]}"
     changed = text != PAGE.read_text()
     if not options.check:
         PAGE.write_text(text)
@@ -43,16 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     return int(options.check and changed)
 
 
-def section(record: dict) -> str:
-    """Command, machine, tables and notes of one benchmark in Markdown."""
+def section(record: dict, figure: str | None = None) -> str:
+    """Figure, command, machine, tables and notes of one benchmark in Markdown."""
     machine = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     words = (
         f"*`{record['command']}` on {machine['date']}: {device}{machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads, {machine['dtype']}, Python {machine['python']}, {versions}.*"
+        f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}, {machine['dtype']}, Python {machine['python']}, {versions}.*"
     )
-    parts = [words, *(markdown(table) for table in record["tables"]), *record["notes"]]
+    image = [f"![{record['question']}]({figure})"] if figure else []
+    parts = [*image, words, *(markdown(table) for table in record["tables"]), *record["notes"]]
     return "\n\n".join(parts) + "\n"
 
 
