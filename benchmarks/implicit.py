@@ -120,7 +120,7 @@ def kvaerno(rtol: float) -> Callable[..., Passage]:
                 flat,
                 stepsize_controller=dfx.PIDController(rtol=rtol, atol=rtol * scale),
                 saveat=dfx.SaveAt(t0=True, steps=True, fn=row),
-                event=dfx.Event(lambda t, v, args, **_: loss_at(v) - 0.9 * levels[-1]),
+                event=dfx.Event(lambda t, y, args, **_: loss_at(y) - 0.9 * levels[-1]),
                 max_steps=MOST_STEPS,
                 throw=False,
             )

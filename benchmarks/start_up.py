@@ -71,16 +71,16 @@ def escape(scale):
         """
 jax.config.update("jax_enable_x64", True)
 data = np.load({data!r})
-x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
+x, targets = jnp.asarray(data["x"]), jnp.asarray(data["y"])
 def loss(weights):
     h = x
     for w in weights[:-1]:
         h = jnp.tanh(h @ w.T)
-    return 0.5 * jnp.mean(jnp.sum((h @ weights[-1].T - y) ** 2, axis=1))
+    return 0.5 * jnp.mean(jnp.sum((h @ weights[-1].T - targets) ** 2, axis=1))
 def velocity(t, weights, args):
     return jax.tree.map(jnp.negative, jax.grad(loss)(weights))
-def above(t, weights, args, **_):
-    return loss(weights) - 0.25 * jnp.mean(jnp.sum(y**2, axis=1))
+def above(t, y, args, **_):
+    return loss(y) - 0.25 * jnp.mean(jnp.sum(targets**2, axis=1))
 @jax.jit
 def solve(weights, atol):
     return diffrax.diffeqsolve(
@@ -180,7 +180,7 @@ def solve(net, atol):
         diffrax.ODETerm(lambda t, w, args: jax.tree.map(jnp.negative, jax.grad(loss)(w))),
         diffrax.Tsit5(), 0.0, 1e30, None, net.weights, max_steps=100_000, throw=False,
         stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=atol),
-        event=diffrax.Event(lambda t, w, args, **_: loss(w) - 0.5 * zero_loss(task), optimistix.Newton(1e-6, 1e-6)),
+        event=diffrax.Event(lambda t, y, args, **_: loss(y) - 0.5 * zero_loss(task), optimistix.Newton(1e-6, 1e-6)),
     ).ts[-1]
 def scan(scales, seeds):
     lanes = [(d, e, s) for d in depths for e in scales for s in seeds]
