@@ -318,7 +318,6 @@ def scipy_method(name: str, rtol: float = RTOL) -> Callable[[Problem], Run]:
         (loss, first), (slope, second), (hessian, third) = (
             compiled(derivative, flat, problem.net, problem.task) for derivative in DERIVATIVES
         )
-        compilation = first + second + third
         rest = jax.tree.map(jnp.asarray, (problem.net, problem.task))
         gradients = hessians = 0
 
@@ -345,6 +344,7 @@ def scipy_method(name: str, rtol: float = RTOL) -> Callable[[Problem], Run]:
             return done.t_events[0]
 
         reached, seconds = common.timed(solve, warm_up=False)
+        compilation = first + second + (third if hessians else 0)
         return Run(float(reached[0]) if len(reached) else np.nan, gradients, seconds, compilation, hessians)
 
     return method
