@@ -202,7 +202,8 @@ depths = {depths}
 import json
 for scales, seeds in (([1e-1, 1e-2, 1e-3], [0, 1]), ([1e-2, 1e-3, 1e-4], [2, 3])):
     compiled.clear()
-        found = scan(scales, seeds)
+    began = time.perf_counter()
+    found = scan(scales, seeds)
     seconds = time.perf_counter() - began
     large = sum(s > 0.1 for s in compiled)
     print(json.dumps({{"seconds": seconds, "compilations": len(compiled), "large": large, "compiling": sum(compiled),
