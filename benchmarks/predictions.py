@@ -97,6 +97,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         at = [groups.index(f"layers {small_layers(row)}\nε = {row['scale']:g}") + 0.15 * (i - 1) for row in ours]
         ax.semilogy(at, [abs(row["error"]) for row in ours], linestyle="", markersize=6, label=name, **common.style(i))
     ax.set_xticks(range(len(groups)), groups, fontsize="small")
+    ax.set_xlim(-0.5, len(groups) - 0.5)
     ax.grid(False, axis="x")
     ax.set_ylabel("relative error of the predicted time")
     ax.legend(frameon=False)
