@@ -1,24 +1,28 @@
-"""What escape directions cost, and a search for a problem where a fourth layer helps.
+"""What do escape directions cost, against Adam, L-BFGS and Riemannian gradient descent? Does a fourth layer ever help?
 
-    python benchmarks/directions.py [--starts 12] [--problems 12] [--json directions.json]
+    python benchmarks/directions.py [--starts 8] [--samples 600] [--problems 8]
 
-1. Work: gradient evaluations to a plain residual of 1e-3 on the digits (width 24), from the same random starts, for this
-   library's ascent, SciPy's L-BFGS-B and optax's Adam, all on `−log s`. A start that does not get there counts as the limit.
+1. Work: gradient evaluations to a plain residual of 1e-3 on digits (ReLU, width 24), from the same random starts, on `−log s`:
+   this library's ascent, SciPy's L-BFGS-B, optax's Adam, and Riemannian gradient descent on the product of spheres with
+   Barzilai-Borwein steps and a non-monotone line search, and with fixed steps. Adam and the fixed steps get, at every depth, the best of
+   several rates and schedules, found on the first starts (that search is not counted). A start that does not get there counts as
+   the limit. Besides, the whole of `escape_direction`, which goes on to a Clarke-stationary point near rounding.
 2. Search: random small problems; is the speed found with four layers larger than with three?
 3. Memory: temporary memory of one gradient as the samples grow.
 """
 
 import argparse
-import json
-import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
+from rich.progress import track
 from scipy.optimize import minimize
 
 import saddlejax as sj
@@ -28,66 +32,90 @@ from saddlejax.saddle.origin import Origin, energy, tangent
 jax.config.update("jax_enable_x64", True)
 
 TARGET = 1e-3
-LIMIT = 2000
-ADAM_RATES = {"Adam 1e-2": 1e-2, "Adam 3e-2 falling to 0 in 600": optax.cosine_decay_schedule(3e-2, 600)}
+FOREVER = 1e9
+ADAM = [(1e-2, FOREVER), (3e-2, FOREVER), (3e-2, 300.0), (3e-2, 600.0), (1e-1, 300.0)]
+FIXED_STEPS = [0.1, 0.3, 1.0]
+TUNING_STARTS = 2
+MEMORY, DECREASE = 10, 1e-4
+QUICK = {
+    "starts": 2,
+    "depths": [3],
+    "problems": 0,
+    "samples": 40,
+    "width": 4,
+    "limit": 300,
+    "whole": False,
+    "memory_samples": 100,
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=12, help="random starts for each depth")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, "directions")
+    parser.add_argument("--starts", type=int, default=8, help="random starts for each depth")
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 8])
-    parser.add_argument("--problems", type=int, default=12, help="random problems in the search")
-    parser.add_argument("--samples", type=int, default=8000, help="samples in the memory test")
+    parser.add_argument("--samples", type=int, default=600, help="digits, of 1797")
+    parser.add_argument("--width", type=int, default=24)
+    parser.add_argument(
+        "--whole", action=argparse.BooleanOptionalAction, default=True, help="all of escape_direction too"
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="most gradient evaluations from a start")
+    parser.add_argument("--problems", type=int, default=8, help="random problems in the search")
+    parser.add_argument("--memory-samples", type=int, default=8000, help="samples in the memory test")
     parser.add_argument("--full", action="store_true", help="memory test at 60,000 × 784, width 1,000 (minutes)")
-    parser.add_argument("--json", help="file to write all numbers to")
-    options = parser.parse_args()
-    results = {
-        "work": work(options.depths, options.starts),
-        "search": search(options.problems),
-        "memory": memory(60_000, 784, 1000, (1,)) if options.full else memory(options.samples, 200, 250, (0.25, 1, 4)),
-    }
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+    options = common.parse(parser, arguments, QUICK)
+    rows = [work(depth, options) for depth in track(options.depths, description="work")]
+    found = [both_depths(number) for number in track(range(options.problems), description="search")]
+    size = (60_000, 784, 1000, (1,)) if options.full else (options.memory_samples, 200, 250, (0.25, 1, 4))
+    sizes = memory(*size)
+    tables = [work_table(rows, options), *([search_table(found)] if found else []), memory_table(sizes)]
+    notes = ["; ".join(f"L = {row['depth']}: {row['settings']}" for row in rows)]
+    common.save(options, tables, {"work": rows, "search": found, "memory": sizes}, figure(rows), notes)
 
 
-def work(depths: list[int], starts: int) -> list[dict]:
-    """Medians over starts of the gradient evaluations to the target residual, and of the whole library call."""
-    task = sj.tasks.digits()
-    origin = Origin(task, tangent("relu"))
-    table = Table(title=f"Gradient evaluations to a plain residual of {TARGET:g} (digits, width 24)")
-    columns = ("L", "saddlejax", "SciPy L-BFGS", *ADAM_RATES, "whole call", "its Clarke residual")
-    for column in columns:
-        table.add_column(column, justify="right")
-    rows = []
-    for depth in depths:
-        sizes = (task.in_size, *[24] * (depth - 1), task.out_size)
-        first = random_starts(sizes, starts, jax.random.key(depth), task.x.dtype)
-        ours = climb(first, origin, jnp.asarray(TARGET), jnp.asarray(LIMIT))
-        counts = {"saddlejax": reached(ours.residual, ours.evaluations)}
-        counts["SciPy L-BFGS"] = [scipy_evaluations(lane(first, i), origin) for i in range(starts)]
-        for name, rate in ADAM_RATES.items():
-            counts[name] = [adam_evaluations(lane(first, i), origin, rate) for i in range(starts)]
-        best = sj.escape_direction(task, sizes, "relu", starts=starts, key=jax.random.key(depth))
+def work(depth: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Gradient evaluations to the target residual from every start, and those of the whole library call."""
+    digits = sj.tasks.digits()
+    task = sj.Task(digits.x[: options.samples], digits.y[: options.samples])
+    origin, limit = Origin(task, tangent("relu")), options.limit
+    sizes = (task.in_size, *[options.width] * (depth - 1), task.out_size)
+    first = random_starts(sizes, options.starts, jax.random.key(depth), task.x.dtype)
+    ours = climb(first, origin, jnp.asarray(TARGET), jnp.asarray(limit))
+    reached = np.asarray(ours.residual) <= TARGET
+    counts = {"saddlejax": np.where(reached, ours.evaluations, limit).tolist()}
+    starts = [positive(lane(first, i), origin) for i in range(options.starts)]
+    evaluate = cost_and_residual(starts[0][1], origin)
+    points = jnp.stack([point for point, _ in starts])
+    counts["SciPy L-BFGS"] = [scipy_evaluations(point, evaluate, limit) for point in points]
+    on_spheres = riemannian(evaluate, starts[0][1], limit)
+    counts["Riemannian, BB steps"] = on_spheres(points, 1.0, True)
+    counts["Riemannian, best fixed step"], best = tuned(on_spheres, points, [(step, False) for step in FIXED_STEPS])
+    settings = [f"fixed steps of {best[0]:g}"]
+    counts["Adam, best rate"], best = tuned(adam(evaluate, limit), points, ADAM)
+    settings.append(f"Adam at {best[0]:g}" + (f" falling to zero in {best[1]:g}" if best[1] < FOREVER else ""))
+    row = {"depth": depth, "evaluations": counts, "settings": ", ".join(settings), "limit": limit}
+    if options.whole:
+        best = sj.escape_direction(task, sizes, "relu", starts=options.starts, key=jax.random.key(depth))
         random = np.asarray(best.start_kinds) == 0
-        counts["whole call"] = np.asarray(best.gradient_evaluations)[random].tolist()
-        medians = {name: float(np.median(values)) for name, values in counts.items()}
-        worst = float(np.max(np.asarray(best.residuals)))
-        rows.append({"depth": depth, "medians": medians, "evaluations": counts, "worst_residual": worst})
-        table.add_row(str(depth), *(f"{medians[name]:g}" for name in columns[1:-1]), f"{worst:.0e}")
-    Console(width=130).print(table)
-    return rows
+        row["whole_call"] = np.asarray(best.gradient_evaluations)[random].tolist()
+        row["worst_clarke_residual"] = float(np.max(np.asarray(best.residuals)))
+    return row
+
+
+def tuned(method: Callable[..., list[int]], points: jax.Array, settings: list[tuple]) -> tuple[list[int], tuple]:
+    """Evaluations with the settings that need the fewest from the first starts, and these settings."""
+    medians = [np.median(method(points[:TUNING_STARTS], *setting)) for setting in settings]
+    best = settings[int(np.argmin(medians))]
+    return method(points, *best), best
 
 
 def lane(weights, i):
     return tuple(w[i] for w in weights)
 
 
-def reached(residuals, evaluations) -> list[int]:
-    return [int(e) if r <= TARGET else LIMIT for r, e in zip(residuals, evaluations, strict=True)]
+Evaluate = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def cost_and_residual(restore, origin):
+def cost_and_residual(restore: Callable, origin: Origin) -> Evaluate:
     """`−log s` with its gradient, and the plain residual at unit norm."""
 
     def cost(point):
@@ -111,9 +139,8 @@ class Done(Exception):
     """The residual is small enough."""
 
 
-def scipy_evaluations(start, origin) -> int:
-    point, restore = positive(start, origin)
-    evaluate, count = cost_and_residual(restore, origin), 0
+def scipy_evaluations(point: jax.Array, evaluate: Evaluate, limit: int) -> int:
+    count = 0
 
     def counted(x):
         nonlocal count
@@ -124,68 +151,142 @@ def scipy_evaluations(start, origin) -> int:
         return float(value), np.asarray(slope)
 
     try:
-        minimize(
-            counted,
-            np.asarray(point),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxcor": 16, "maxfun": LIMIT, "maxiter": LIMIT, "ftol": 0, "gtol": 0},
-        )
+        bounds = {"maxcor": 16, "maxfun": limit, "maxiter": limit, "ftol": 0, "gtol": 0}
+        minimize(counted, np.asarray(point), jac=True, method="L-BFGS-B", options=bounds)
     except Done:
         return count
-    return LIMIT
+    return limit
 
 
-def adam_evaluations(start, origin, rate) -> int:
-    point, restore = positive(start, origin)
-    evaluate, optimiser = cost_and_residual(restore, origin), optax.adam(rate)
+def adam(evaluate: Evaluate, limit: int) -> Callable[..., list[int]]:
+    """Evaluations of Adam from every point, its rate falling to zero as a cosine over the horizon."""
+    scaling = optax.scale_by_adam()
 
     @jax.jit
-    def run(point):
-        def going(carry):
-            _, _, residual, count = carry
-            return (residual > TARGET) & (count < LIMIT)
-
+    def run(point, rate, horizon):
         def turn(carry):
             point, state, _, count = carry
             _, slope, residual = evaluate(point)
-            update, state = optimiser.update(slope, state)
-            return point + update, state, residual, count + 1
+            update, state = scaling.update(slope, state)
+            now = 0.5 * rate * (1 + jnp.cos(jnp.pi * jnp.minimum(count / horizon, 1)))
+            return point - now * update, state, residual, count + 1
 
-        return jax.lax.while_loop(going, turn, (point, optimiser.init(point), jnp.inf, 0))[3]
+        first = (point, scaling.init(point), jnp.inf, 0)
+        return jax.lax.while_loop(lambda c: (c[2] > TARGET) & (c[3] < limit), turn, first)[3]
 
-    return int(run(point))
+    return lambda points, *settings: [int(run(point, *map(jnp.asarray, settings))) for point in points]
 
 
-def search(problems: int) -> list[dict]:
-    """Speeds with three and with four layers on random problems."""
-    table = Table(title="Is a fourth layer faster than three?")
-    for column in ("problem", "rank one", "s3", "s4", "s4/s3 − 1", "Clarke residual"):
-        table.add_column(column, justify="right")
-    rows = []
-    for number in range(problems):
-        name, task = problem(number)
-        three, four = (
-            sj.escape_direction(task, [task.in_size, *[8] * (depth - 1), 1], starts=16, key=jax.random.key(number))
-            for depth in (3, 4)
-        )
-        row = {
-            "problem": name,
-            "rank_one": float(three.rank_one_speed),
-            "s3": float(three.speed),
-            "s4": float(four.speed),
-            "gain": float(four.speed / three.speed - 1),
-            "residual": float(max(three.residual, four.residual)),
-        }
-        rows.append(row)
-        table.add_row(
+def riemannian(evaluate: Evaluate, restore: Callable, limit: int) -> Callable[..., list[int]]:
+    """Evaluations of gradient descent on the product of spheres from every point.
+
+    `adaptive` steps are those of Barzilai and Borwein under the non-monotone line search of Grippo, Lampariello and Lucidi; otherwise
+    every step has the same length and is taken.
+    """
+
+    @jax.jit
+    def run(point, first_step, adaptive):
+        start = ravel_pytree(unit_layers(restore(point)))[0]
+        value, slope, residual = evaluate(start)  # of unit layers: tangent to the spheres, since the cost has no scale
+        past = jnp.full(MEMORY, -jnp.inf).at[0].set(value)
+
+        def turn(carry):
+            point, slope, residual, step, past, accepted, count = carry
+            trial = ravel_pytree(unit_layers(restore(point - step * slope)))[0]
+            value, new_slope, new_residual = evaluate(trial)
+            enough = value <= jnp.max(past) - DECREASE * step * jnp.sum(slope**2)
+            keep = (enough & jnp.isfinite(value)) | ~adaptive
+            moved, change = trial - point, new_slope - slope
+            bend = jnp.abs(jnp.dot(moved, change))
+            longer = jnp.clip(jnp.sum(moved**2) / jnp.where(bend > 0, bend, 1), 1e-6, 1e3)
+            new_step = jnp.where(adaptive, jnp.where(keep, longer, 0.5 * step), step)
+            past = jnp.where(keep, past.at[(accepted + 1) % MEMORY].set(value), past)
+            point, slope, residual = (
+                jnp.where(keep, new, old) for new, old in ((trial, point), (new_slope, slope), (new_residual, residual))
+            )
+            return point, slope, residual, new_step, past, accepted + keep, count + 1
+
+        first = (start, slope, residual, first_step, past, jnp.asarray(0), jnp.asarray(1))
+        return jax.lax.while_loop(lambda c: (c[2] > TARGET) & (c[6] < limit), turn, first)[6]
+
+    return lambda points, *settings: [int(run(point, *map(jnp.asarray, settings))) for point in points]
+
+
+def work_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> common.Table:
+    names = list(rows[0]["evaluations"])
+    columns = ["L", *names] + (["all of escape_direction", "its worst Clarke residual"] if options.whole else [])
+    body = []
+    for row in rows:
+        ours = np.median(row["evaluations"]["saddlejax"])
+        cells = []
+        for name in names:
+            median = np.median(row["evaluations"][name])
+            words = f"≥ {median:g}" if median >= row["limit"] else f"{median:g}"
+            cells.append(words if name == "saddlejax" else f"{words} (×{median / ours:.2g})")
+        if options.whole:
+            cells += [f"{np.median(row['whole_call']):g}", f"{row['worst_clarke_residual']:.0e}"]
+        body.append([str(row["depth"]), *cells])
+    title = (
+        f"Gradient evaluations to a plain residual of {TARGET:g}, medians of {options.starts} starts "
+        f"({options.samples} digits, ReLU, width {options.width})"
+    )
+    return common.Table(title, columns, body)
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Every start as a point, medians as bars, one group for each depth."""
+    result, ((ax,),) = common.axes(1, width=6.6, height=3.8)
+    names = list(rows[0]["evaluations"])
+    for i, name in enumerate(names):
+        style = common.style(i)
+        for j, row in enumerate(rows):
+            at, values = j + (i - (len(names) - 1) / 2) * 0.16, row["evaluations"][name]
+            spread = at + np.linspace(-0.045, 0.045, len(values))
+            ax.semilogy(
+                spread, values, style["marker"], color=style["color"], markersize=3.5, alpha=0.6, markeredgewidth=0
+            )
+            ax.semilogy([at - 0.06, at + 0.06], [np.median(values)] * 2, color=style["color"], linewidth=2.2)
+        ax.semilogy([], [], color=style["color"], marker=style["marker"], markersize=4, linewidth=2.2, label=name)
+    ax.axhline(rows[0]["limit"], color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ax.annotate(
+        "limit", (0, rows[0]["limit"]), xycoords=("axes fraction", "data"), va="bottom", color="0.35", fontsize="small"
+    )
+    ax.set_xticks(range(len(rows)), [f"L = {row['depth']}" for row in rows])
+    ax.grid(False, axis="x")
+    ax.set_ylabel(f"gradient evaluations to a residual of {TARGET:g}")
+    result.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return result
+
+
+def both_depths(number: int) -> dict[str, Any]:
+    """Speeds with three and with four layers on a random problem."""
+    name, task = problem(number)
+    three, four = (
+        sj.escape_direction(task, [task.in_size, *[8] * (depth - 1), 1], starts=16, key=jax.random.key(number))
+        for depth in (3, 4)
+    )
+    return {
+        "problem": name,
+        "rank_one": float(three.rank_one_speed),
+        "s3": float(three.speed),
+        "s4": float(four.speed),
+        "gain": float(four.speed / three.speed - 1),
+        "residual": float(max(three.residual, four.residual)),
+    }
+
+
+def search_table(found: list[dict[str, Any]]) -> common.Table:
+    body = [
+        [
             row["problem"],
             *(f"{row[k]:.8f}" for k in ("rank_one", "s3", "s4")),
             f"{row['gain']:.1e}",
             f"{row['residual']:.0e}",
-        )
-    Console(width=130).print(table)
-    return rows
+        ]
+        for row in found
+    ]
+    columns = ["problem", "rank one", "s3", "s4", "s4/s3 − 1", "Clarke residual"]
+    return common.Table("Is a fourth layer faster than three?", columns, body)
 
 
 def problem(number: int) -> tuple[str, sj.Task]:
@@ -205,11 +306,8 @@ def problem(number: int) -> tuple[str, sj.Task]:
     return f"{samples} signs in {inputs}-d, seed {number}", sj.Task(x, y[:, None])
 
 
-def memory(samples: int, inputs: int, width: int, factors: tuple[float, ...]) -> list[dict]:
+def memory(samples: int, inputs: int, width: int, factors: tuple[float, ...]) -> list[dict[str, Any]]:
     """Temporary memory and time of one gradient of the speed, depth 6, in single precision."""
-    table = Table(title=f"One gradient: {inputs} inputs, width {width}, depth 6, float32")
-    for column in ("samples", "temporary memory (MB)", "inputs (MB)", "seconds"):
-        table.add_column(column, justify="right")
     sizes = (inputs, *[width] * 5, 10)
     weights = lane(random_starts(sizes, 1, jax.random.key(0), jnp.dtype("float32")), 0)
     rows = []
@@ -218,15 +316,25 @@ def memory(samples: int, inputs: int, width: int, factors: tuple[float, ...]) ->
         x, y = (jnp.asarray(rng.normal(size=(count, n)), "float32") for n in (inputs, 10))
         origin = Origin(sj.Task(x, y), tangent("relu"))
         compiled = jax.jit(jax.value_and_grad(energy)).lower(weights, origin).compile()
-        compiled(weights, origin)
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(weights, origin))
-        seconds = time.perf_counter() - begin
+        _, seconds = common.timed(lambda run=compiled, origin=origin: run(weights, origin), repeats=3)
         megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        rows.append({"samples": count, "temporary_megabytes": megabytes, "seconds": seconds})
-        table.add_row(str(count), f"{megabytes:.0f}", f"{x.nbytes / 1e6:.0f}", f"{seconds:.2f}")
-    Console(width=130).print(table)
+        row = {"samples": count, "inputs": inputs, "width": width, "input_megabytes": x.nbytes / 1e6}
+        rows.append(row | {"temporary_megabytes": megabytes, "seconds": seconds})
     return rows
+
+
+def memory_table(rows: list[dict[str, Any]]) -> common.Table:
+    body = [
+        [
+            f"{row['samples']:,}",
+            f"{row['temporary_megabytes']:.0f}",
+            f"{row['input_megabytes']:.0f}",
+            f"{row['seconds']:.2f}",
+        ]
+        for row in rows
+    ]
+    title = f"One gradient: {rows[0]['inputs']} inputs, width {rows[0]['width']}, depth 6, float32"
+    return common.Table(title, ["samples", "temporary memory (MB)", "inputs (MB)", "seconds"], body)
 
 
 if __name__ == "__main__":

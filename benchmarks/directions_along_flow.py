@@ -10,13 +10,12 @@ the layers' cosines with the direction, and the range of the speed over the best
 """
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import common
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 
 import saddlejax as sj
 from saddlejax import saddle
@@ -24,28 +23,26 @@ from saddlejax import saddle
 jax.config.update("jax_enable_x64", True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+QUICK = {"depths": [3], "scales": [1e-1], "seeds": 1, "width": 4, "starts": 1, "samples": 40}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, "directions_along_flow")
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 4, 5, 6])
     parser.add_argument("--scales", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3])
     parser.add_argument("--seeds", type=int, default=3, help="initialisations for each depth and scale")
     parser.add_argument("--width", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=1797, help="digits")
     parser.add_argument("--starts", type=int, default=4, help="random starts of the search for the direction")
-    parser.add_argument("--json", default="directions_along_flow.json", help="file to write all rows to")
-    parser.add_argument("--figure", default="directions_along_flow.png", help="file to draw to")
-    options = parser.parse_args()
-    runs = []
-    for run in flows(options):
-        runs.append(run)
-        with open(options.json, "w") as file:
-            json.dump(runs, file)
-    Console(width=130).print(table(runs))
-    figure(runs).savefig(options.figure, dpi=150)
+    options = common.parse(parser, arguments, QUICK)
+    runs = list(flows(options))
+    common.save(options, [table(runs)], runs, figure(runs))
 
 
 def flows(options: argparse.Namespace) -> Iterator[dict]:
     """One flow after the other, as plain numbers."""
-    task = sj.tasks.digits()
+    digits = sj.tasks.digits()
+    task = sj.Task(digits.x[: options.samples], digits.y[: options.samples])
     for depth in options.depths:
         sizes = [task.in_size, *[options.width] * (depth - 1), task.out_size]
         best = sj.escape_direction(task, sizes, starts=options.starts, key=jax.random.key(depth))
@@ -91,11 +88,10 @@ def at_escape(group: list[dict], name: str) -> np.ndarray:
     return np.array([run[name][-1] for run in group])
 
 
-def table(runs: list[dict]) -> Table:
+def table(runs: list[dict]) -> common.Table:
     """One row for each depth and scale."""
-    result = Table(title="At escape: digits, ReLU (ranges over layers and seeds)")
-    for column in ("L", "ε", "escaped", "least (σ1/σ2)/l^¼", "layers ≥ 1", "cosines", "speed / best", "loss / first"):
-        result.add_column(column, justify="right")
+    columns = ["L", "ε", "escaped", "least (σ1/σ2)/l^¼", "layers ≥ 1", "cosines", "speed / best", "loss / first"]
+    rows = []
     counts = {key: sum((run["depth"], run["scale"]) == key for run in runs) for key in groups(runs)}
     for (depth, scale), group in groups(runs).items():
         cells = ["–"] * 5
@@ -109,30 +105,28 @@ def table(runs: list[dict]) -> Table:
                 span(at_escape(group, "speed_ratio")),
                 span(fallen),
             ]
-        result.add_row(str(depth), f"{scale:g}", f"{len(group)} of {counts[depth, scale]}", *cells)
-    return result
+        rows.append([str(depth), f"{scale:g}", f"{len(group)} of {counts[depth, scale]}", *cells])
+    return common.Table("At escape: digits, ReLU (ranges over layers and seeds)", columns, rows)
 
 
 def span(values: np.ndarray) -> str:
     return f"{np.min(values):.3f} … {np.max(values):.3f}"
 
 
-def figure(runs: list[dict]):
+def figure(runs: list[dict]) -> Figure:
     """Margins against the scale, cosines by layer at the smallest scale, and the speed along those flows."""
-    import matplotlib.pyplot as plt
-
-    result, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    result, ((left, middle, right),) = common.axes(3)
     escaped = groups(runs)
     depths = sorted({depth for depth, _ in escaped})
     smallest = min(scale for _, scale in escaped)
     for number, depth in enumerate(depths):
-        color = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")[number % 6]
+        color, marker = common.style(number).values()
         scales = sorted(scale for d, scale in escaped if d == depth and escaped[d, scale])
         least = [np.min(at_escape(escaped[depth, scale], "low_rank_margin")) for scale in scales]
-        left.loglog(scales, least, "o-", color=color, ms=5, lw=1.2, label=f"$L = {depth}$")
+        left.loglog(scales, least, marker=marker, color=color, ms=5, lw=1.2, label=f"$L = {depth}$")
         for run in escaped.get((depth, smallest), []):
             cosines = run["layer_cosines"][-1]
-            middle.plot(np.linspace(0, 1, depth), cosines, "o-", color=color, ms=4, lw=0.8)
+            middle.plot(np.linspace(0, 1, depth), cosines, marker=marker, color=color, ms=4, lw=0.8)
             size = np.exp(np.mean(np.log(run["layer_norms"]), axis=1))
             right.semilogx(size / size[0], run["speed_ratio"], color=color, lw=1.2)
     left.axhline(1, color="#666666", ls="--", lw=1)
@@ -142,8 +136,6 @@ def figure(runs: list[dict]):
     right.axhline(1, color="#666666", ls="--", lw=1)
     right.set(xlabel="growth of the layers (geometric mean)", ylabel="speed / best speed")
     right.set(title=rf"$\epsilon = {smallest:g}$, each line one flow")
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
     return result
 

@@ -10,25 +10,35 @@ three decades further down. Each seed draws its own weights and its own place fo
 
 import argparse
 import itertools
+import json
+from collections.abc import Sequence
 
+import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.progress import track
-from rich.table import Table
 
 import saddlejax as sj
 
 jax.config.update("jax_enable_x64", True)
 
 PAPER_RANGE = (1e-2, 0.5)
+QUICK = {
+    "activations": ["tanh"],
+    "bottlenecks": [3],
+    "scales": [1e-1, 1e-2],
+    "depth": 3,
+    "width": 4,
+    "samples": 10,
+    "seeds": 1,
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, "exponents")
     parser.add_argument("--activations", nargs="+", default=["tanh", "gelu", "relu"])
     parser.add_argument("--bottlenecks", type=int, nargs="+", default=[3, 5, 8])
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5])
@@ -36,14 +46,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3, help="initialisations and places of the bottleneck")
-    parser.add_argument("--json", default="exponents.json", help="file to write all numbers to")
-    parser.add_argument("--figure", default="exponents.png", help="file to draw to")
-    options = parser.parse_args()
+    options = common.parse(parser, arguments, QUICK)
     results = measure(options)
-    with open(options.json, "w") as file:
-        results.to_dataframe().reset_index().to_json(file, orient="records")
-    Console(width=130).print(table(results))
-    figure(results).savefig(options.figure, dpi=150)
+    numbers = json.loads(results.to_dataframe().reset_index().to_json(orient="records"))
+    common.save(options, [table(results)], numbers, figure(results))
 
 
 def measure(options: argparse.Namespace) -> xr.Dataset:
@@ -72,24 +78,20 @@ def measure(options: argparse.Namespace) -> xr.Dataset:
     )
 
 
-def table(results: xr.Dataset) -> Table:
+def table(results: xr.Dataset) -> common.Table:
     """Mean ± standard deviation over seeds, minus the law's r − 2."""
-    shown = Table(title="exponent − (r − 2), mean ± deviation over seeds (– did not escape in all of them)")
-    shown.add_column("activation")
-    shown.add_column("r", justify="right")
-    for scale in results.scale.values:
-        shown.add_column(f"ε = {scale:g}", justify="right")
+    rows = []
     for activation, r in itertools.product(results.activation.values, results.bottleneck.values):
         errors = results.exponent.sel(activation=activation, bottleneck=r).values - (r - 2)
         cells = [f"{row.mean():+.4f} ± {row.std():.4f}" if np.all(np.isfinite(row)) else "–" for row in errors]
-        shown.add_row(str(activation), str(r), *cells)
-    return shown
+        rows.append([str(activation), str(r), *cells])
+    title = "exponent − (r − 2), mean ± deviation over seeds (– did not escape in all of them)"
+    return common.Table(title, ["activation", "r", *(f"ε = {scale:g}" for scale in results.scale.values)], rows)
 
 
-def figure(results: xr.Dataset):
+def figure(results: xr.Dataset) -> Figure:
     """Exponent against scale for each activation, the range of the paper's simulations shaded."""
-    count = results.activation.size
-    result, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.6), sharey=True, layout="constrained", squeeze=False)
+    result, axes = common.axes(results.activation.size, sharey=True)
     for ax, activation in zip(axes[0], results.activation.values, strict=True):
         sj.plot.exponents(results, ax, activation=activation)
         ax.axvspan(*PAPER_RANGE, color="0.93", zorder=0)
