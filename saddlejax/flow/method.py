@@ -124,8 +124,10 @@ class Explicit(AbstractMethod):
         assert isinstance(tableau, dfx.ButcherTableau)
         stages = tableau.num_stages
         y0, to_state = ravel_pytree(state)
-        rows = [np.pad(row, (0, stages - len(row))) for row in ((), *tableau.a_lower)]
-        weights, error_weights = jnp.asarray(np.stack(rows), y0.dtype), jnp.asarray(tableau.b_error, y0.dtype)
+        lower = np.zeros((stages, stages))
+        for number, row in enumerate(tableau.a_lower, start=1):
+            lower[number, :number] = row
+        weights, error_weights = jnp.asarray(lower, y0.dtype), jnp.asarray(tableau.b_error, y0.dtype)
 
         def stage(number: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             moves, _ = carry

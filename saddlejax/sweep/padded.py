@@ -75,20 +75,20 @@ def _gradient(net: PaddedMLP, task: Task) -> Gradient:
 
 @motion.register
 def _motion(net: PaddedMLP, task: Task, coordinates: Coordinates) -> Motion:
-    shapes, neurons = coordinates.shapes, jnp.zeros(net.depth - 1, task.x.dtype)
+    shapes, no_drift = coordinates.shapes, jnp.zeros(net.depth - 1, task.x.dtype)
 
     def at(depth: int) -> Callable[[Coordinates], Motion]:
         def small_motion(all_layers: Coordinates) -> Motion:
             there = LayerShapes(tuple(remove(shapes.shapes, depth)))
-            directions, units = all_layers.directions, all_layers.log_units
+            directions, units = all_layers.directions, list(all_layers.log_units)
             small = Coordinates(there.join(remove(directions, depth)), jnp.stack(remove(units, depth)), there)
             found = motion(MLP.from_weights(small.weights(), net.activation), task, small)
             turning = pad(found.coordinates.directions, directions)
             growth = pad(list(found.coordinates.log_units), units)
-            drift = pad(list(found.imbalance_drift), neurons)
+            drift = pad(list(found.imbalance_drift), list(no_drift))
             return found._replace(
                 coordinates=Coordinates(shapes.join(turning), jnp.stack(growth), shapes),
-                imbalance_drift=jnp.stack(drift) if drift else neurons,
+                imbalance_drift=jnp.stack(drift) if drift else no_drift,
             )
 
         return small_motion
