@@ -1,92 +1,156 @@
-"""Throughput and memory of sweeps: `python benchmarks/sweep.py`, `--memory` for 10,000 lanes, `--kills` for 20 kills.
+"""What a sweep costs: lanes a second, against bare gradients and against what a user would do instead.
 
-Throughput compares, in one run, on the same mixed grid (depths 2–6, init scales 1e-1 … 1e-5, tanh, width 32, 100 samples):
+    python benchmarks/sweep.py [--seeds 4] [--repeats 3] [--json sweep.json] [--figure sweep.png]
 
-- `sweep`, after compilation;
-- the bare gradients it spent: as many evaluations of a compiled `jax.grad` of each depth, on as many cores, and
-  Hessian-vector products at the cost of forward over forward derivatives of the loss;
-- plain `vmap(diffeqsolve)` of `dθ/dt = −∇𝓛` for each depth, Tsit5 with rtol 1e-4, atol 1e-6 and an event at the escape.
+On one mixed grid (depths 2–6, init scales 1e-1 … 1e-5, tanh, width 32, 100 samples, float64), everything compiled before:
+
+- `sweep`, on all cores; then on one core and so on, with fewer lanes, and how busy the slots of a refilled batch are;
+- the bare gradients it spent: as many evaluations of a compiled `jax.grad` of each depth, on as many threads;
+- the machine's matrix-product rate, and the share of it that the gradients of the sweep come to;
+- plain `vmap(diffeqsolve)` of `dθ/dt = −∇𝓛`, Tsit5 with rtol 1e-4, atol 1e-6 and an event at the escape, and a Python loop
+  over the same;
+- PyTorch with torchdiffeq at these tolerances, a loop over lanes, where installed: `pip install torch torchdiffeq`.
+
+The rivals run the lanes of `--rival-seeds` seeds, in physical time and with 4096 steps at most; many do not get to the
+escape, which the table says.
 """
 
 import argparse
+import json
 import os
-import random
-import resource
-import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
+from rich.console import Console
+from rich.table import Table
 
 import saddlejax as sj
 from saddlejax.sweep.execute import available_cores
+from saddlejax.sweep.programs import _batch_program
+from saddlejax.sweep.sweep import _flows
 from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)
+matplotlib.use("Agg")
 
-WIDTH, DEPTHS, SCALES = 32, (2, 3, 4, 5, 6), tuple(float(f"{s:.3g}") for s in np.geomspace(1e-1, 1e-5, 5))
+SAMPLES, INPUTS, WIDTH, DEPTHS = 100, 10, 32, (2, 3, 4, 5, 6)
+SCALES = tuple(float(f"{s:.3g}") for s in np.geomspace(1e-1, 1e-5, 5))
 HALF = sj.Escape(loss_fraction=0.5)
 MOST_STEPS = 4096  # the default of diffrax
+RTOL, ATOL = 1e-4, 1e-6
+GRID = {"width": WIDTH, "depth": DEPTHS, "activation": "tanh", "scale": SCALES, "until": HALF}
 
 
 def main() -> None:
-    """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="used by --kills")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4, help="25 lanes each")
+    parser.add_argument("--rival-seeds", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="of the sweep and of the bare gradients, in turns")
+    parser.add_argument("--json", help="file to write all numbers to")
+    parser.add_argument("--figure", help="file to draw lanes a second to")
+    parser.add_argument("--cores", type=int, help="time the sweep alone on so many cores, and print lanes a second")
     options = parser.parse_args()
-    if options.store:
-        killable(options.store)
-    elif options.kills:
-        kills(options.kills)
-    elif options.memory:
-        memory()
-    else:
-        throughput(options.seeds)
+    if options.cores:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
+        print(json.dumps(scaling(options.seeds)))
+        return
+    results = throughput(options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file, indent=1)
+    if options.figure:
+        figure(results, options.figure)
 
 
 def problem() -> sj.Task:
     """A single-index teacher of ten inputs."""
-    return sj.tasks.single_index(jnp.tanh, in_size=10, samples=100, key=jax.random.key(1))
+    return sj.tasks.single_index(jnp.tanh, in_size=INPUTS, samples=SAMPLES, key=jax.random.key(1))
 
 
-def throughput(seeds: int) -> None:
-    """Lanes a second of a sweep, of plain integration, and of bare gradients."""
-    task = problem()
-    grid = {"width": WIDTH, "depth": DEPTHS, "activation": "tanh", "scale": SCALES, "until": HALF}
+def seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    sj.sweep(task, **grid, seed=range(seeds))
-    first = time.perf_counter() - began
-    began = time.perf_counter()
-    results = sj.sweep(task, **grid, seed=range(seeds, 2 * seeds))
-    ours = time.perf_counter() - began
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def throughput(options: argparse.Namespace) -> dict[str, Any]:
+    task, cores = problem(), available_cores()
+    first = seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values)
+    results = sj.sweep(task, **GRID, seed=range(options.seeds))
+    bare, products = bare_gradients(task, results), product_rate(cores)
+    times = [(seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values), seconds(bare))]
+    times += [
+        (seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values), seconds(bare))
+        for _ in range(options.repeats - 1)
+    ]
+    ours, gradients = (float(np.median(column)) for column in zip(*times, strict=True))
     lanes = results.status.size
-    escaped = int((results.status == "escaped").sum())
-    bare = bare_gradients(task, results)
-    print(f"{lanes} lanes on {available_cores()} cores, {escaped} escaped")
-    print(
-        f"sweep              {ours:8.2f} s   {lanes / ours:8.1f} lanes/s   (first call, with compilation: {first:.1f} s)"
+    rows = {"sweep": {"lanes": lanes, "seconds": ours, "right": int((results.status == "escaped").sum())}}
+    rows["bare gradients"] = {"lanes": lanes, "seconds": gradients, "right": None}
+    seeds = range(options.rival_seeds)
+    for name, rival in (
+        ("vmap(diffeqsolve)", batched),
+        ("loop over diffeqsolve", looped),
+        ("PyTorch, torchdiffeq", pytorch),
+    ):
+        if (row := rival(task, seeds, results, cores)) is not None:
+            rows[name] = row
+    table = Table(title=f"{lanes} lanes on {cores} cores (the rivals: {25 * len(seeds)} lanes)")
+    for column in ("", "seconds", "lanes a second", "sweep is faster by", "escape times within 1 %"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        row["rate"] = row["lanes"] / row["seconds"]
+        right = "" if row["right"] is None else f"{row['right']} of {row['lanes']}"
+        factor = rows["sweep"]["rate"] / row["rate"]
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['rate']:.1f}", f"{factor:.2f}", right)
+    console = Console(width=120)
+    console.print(table)
+    share = flops(results) / ours / products
+    console.print(f"first call, with compilation: {first:.1f} s")
+    console.print(f"sweep / bare gradients: {ours / gradients:.2f}  (repeats {[round(a / b, 2) for a, b in times]})")
+    console.print(
+        f"matrix products: {products / 1e9:.0f} Gflop/s; the gradients of the sweep come to {share:.0%} of it"
     )
-    print(f"bare gradients     {bare:8.2f} s   sweep / gradients = {ours / bare:.2f}")
-    theirs, right = plain(task, range(seeds, 2 * seeds), results)
-    print(
-        f"vmap(diffeqsolve)  {theirs:8.2f} s   {lanes / theirs:8.1f} lanes/s   {right} of {lanes} escape times within 1 %"
-    )
-    print(f"sweep / vmap(diffeqsolve) = {theirs / ours:.1f} times the lanes a second")
+    busy = busy_share(task)
+    console.print(f"slots of a refilled batch that work on a lane: {busy:.0%}")
+    on_cores = {}
+    for count in sorted({1, cores}):
+        command = [sys.executable, __file__, "--cores", str(count), "--seeds", str(options.seeds)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        on_cores[count] = json.loads(found.stdout.splitlines()[-1])
+        rates = ", ".join(f"{lanes} lanes: {rate:.1f}" for lanes, rate in on_cores[count].items())
+        console.print(f"{count} cores, lanes a second: {rates}")
+    return {"cores": cores, "rows": rows, "first": first, "times": times, "share_of_products": share} | {
+        "product_rate": products,
+        "busy": busy,
+        "on_cores": on_cores,
+    }
 
 
-def bare_gradients(task: sj.Task, results: xr.Dataset) -> float:
-    """Seconds for the gradients and Hessian-vector products of the sweep, on all cores, without anything else."""
+def scaling(seeds: int) -> dict[int, float]:
+    """Lanes a second for one seed, and for all of them."""
+    task, rates = problem(), {}
+    for count in sorted({1, seeds}):
+        run = lambda count=count: sj.sweep(task, **GRID, seed=range(count)).steps.values  # noqa: E731
+        run()
+        lanes = len(DEPTHS) * len(SCALES) * count
+        rates[lanes] = lanes / float(np.median([seconds(run) for _ in range(3)]))
+    return rates
+
+
+def bare_gradients(task: sj.Task, results: xr.Dataset) -> Callable[[], Any]:
+    """Runs the gradients and Hessian-vector products of the sweep, on all cores, without anything else."""
 
     @jax.jit
     def gradients(weights: tuple, count: jax.Array) -> tuple:
@@ -100,124 +164,181 @@ def bare_gradients(task: sj.Task, results: xr.Dataset) -> float:
 
     jobs = []
     for depth in DEPTHS:
-        net = sj.MLP([10, *[WIDTH] * (depth - 1), 1], "tanh", key=jax.random.key(0))
+        net = network(jax.random.key(0), 1.0, depth)
         lanes = results.sel(depth=depth)
         # A Hessian-vector product costs two gradients.
         counts = np.ravel(lanes.gradient_evaluations + 2 * lanes.hessian_vector_products)
         jax.block_until_ready(gradients(net.weights, 1))
         jobs += [(net.weights, int(count)) for count in counts]
-    best = np.inf
-    for _ in range(3):
-        began = time.perf_counter()
+
+    def run() -> None:
         with ThreadPoolExecutor(available_cores()) as pool:
             list(pool.map(lambda job: jax.block_until_ready(gradients(*job)), jobs))
-        best = min(best, time.perf_counter() - began)
-    return best
+
+    return run
 
 
-def plain(task: sj.Task, seeds: range, results: xr.Dataset) -> tuple[float, int]:
-    """Seconds of `vmap(diffeqsolve)` in physical time, and how many escape times agree with the sweep's to 1 %."""
-    total, right = 0.0, 0
+def flops(results: xr.Dataset) -> float:
+    """Of the matrix products in the gradients of a sweep: three for each layer, two for the first."""
+    total = 0.0
     for depth in DEPTHS:
+        sizes = [INPUTS, *[WIDTH] * (depth - 1), 1]
+        layers = [2 * SAMPLES * a * b for a, b in zip(sizes[1:], sizes[:-1], strict=True)]
+        lanes = results.sel(depth=depth)
+        count = float((lanes.gradient_evaluations + 2 * lanes.hessian_vector_products).sum())
+        total += count * (3 * sum(layers) - layers[0])
+    return total
 
-        def solve(key: jax.Array, scale: jax.Array, depth: int = depth) -> jax.Array:
-            net = sj.scale_layers(sj.MLP([10, *[WIDTH] * (depth - 1), 1], "tanh", key=key), scale)
 
-            def field(t: jax.Array, w: tuple, args: None) -> tuple:
-                return jax.tree.map(jnp.negative, jax.grad(lambda w: task_loss(net.with_weights(w), task))(w))
+def product_rate(cores: int) -> float:
+    """Floating-point operations a second of large matrix products, one on every core at a time."""
+    size = 1024
+    a = jnp.ones((size, size)) / size
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    jax.block_until_ready(product(a))
 
-            def escaped(t: jax.Array, y: tuple, args: None, **_: object) -> jax.Array:
-                return task_loss(net.with_weights(y), task) - 0.5 * zero_loss(task)
+    def run() -> list:
+        with ThreadPoolExecutor(cores) as pool:
+            return list(pool.map(lambda _: jax.block_until_ready(product(a)), range(4 * cores)))
 
-            event = dfx.Event(escaped)
-            solution = dfx.diffeqsolve(
-                dfx.ODETerm(field),
-                dfx.Tsit5(),
-                0.0,
-                1e30,
-                None,
-                net.weights,
-                stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-6),
-                event=event,
-                max_steps=MOST_STEPS,
-                throw=False,
-            )
-            return solution.ts[-1]
+    return 4 * cores * 2 * size**3 / min(seconds(run) for _ in range(5))
 
-        keys = jnp.stack([jax.random.key(seed) for _ in SCALES for seed in seeds])
-        scales = jnp.asarray([scale for scale in SCALES for _ in seeds])
-        run = jax.jit(jax.vmap(solve)).lower(keys, scales).compile()
+
+def busy_share(task: sj.Task) -> float:
+    """The share of slots and turns of a refilled batch of 8 that work on a lane, at depth 4."""
+    given = {"until": HALF}
+    flows = _flows(task, WIDTH, 4, "tanh", None, SCALES, range(13), None, given, 8)
+    points = [dict(flows.fixed) | p for p in flows.grid.points(tuple(slice(0, n) for n in flows.grid.shape))]
+    points.sort(key=lambda point: point["scale"])
+    group, common = flows.group(points[0])
+    lanes = jax.tree.map(lambda *values: np.stack(values), *[flows.values(point, group) for point in points])
+    done = _batch_program(group, 8)(common, lanes, np.asarray(len(points)))
+    return float(done.busy / (8 * done.turns))
+
+
+def network(key: jax.Array, scale: float | jax.Array, depth: int) -> sj.MLP:
+    return sj.scale_layers(sj.MLP([INPUTS, *[WIDTH] * (depth - 1), 1], "tanh", key=key), scale)
+
+
+def plain(task: sj.Task, depth: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The escape time of a lane by diffrax in physical time."""
+
+    def solve(key: jax.Array, scale: jax.Array) -> jax.Array:
+        net = network(key, scale, depth)
+
+        def field(t: jax.Array, w: tuple, args: None) -> tuple:
+            return jax.tree.map(jnp.negative, jax.grad(lambda w: task_loss(net.with_weights(w), task))(w))
+
+        def escaped(t: jax.Array, y: tuple, args: None, **_: object) -> jax.Array:
+            return task_loss(net.with_weights(y), task) - 0.5 * zero_loss(task)
+
+        solution = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dfx.Tsit5(),
+            0.0,
+            1e30,
+            None,
+            net.weights,
+            stepsize_controller=dfx.PIDController(rtol=RTOL, atol=ATOL),
+            event=dfx.Event(escaped),
+            max_steps=MOST_STEPS,
+            throw=False,
+        )
+        return solution.ts[-1]
+
+    return solve
+
+
+def judged(times: np.ndarray, total: float, results: xr.Dataset) -> dict[str, Any]:
+    """A row of the table from escape times, with axes depth, scale, seed."""
+    logs = results.log_escape_time.isel(activation=0, bottleneck=0, seed=slice(0, times.shape[2]))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        right = np.abs(np.log(times) - logs.transpose("depth", "scale", "seed").values) < 0.01
+    return {"lanes": times.size, "seconds": total, "right": int(right.sum())}
+
+
+def batched(task: sj.Task, seeds: range, results: xr.Dataset, cores: int) -> dict[str, Any]:
+    """One `vmap` over the scales and seeds of a depth; compilation does not count."""
+    keys = jnp.stack([jax.random.key(seed) for _ in SCALES for seed in seeds])
+    scales = jnp.asarray([scale for scale in SCALES for _ in seeds])
+    times, total = [], 0.0
+    for depth in DEPTHS:
+        run = jax.jit(jax.vmap(plain(task, depth))).lower(keys, scales).compile()
         began = time.perf_counter()
-        times = np.asarray(run(keys, scales)).reshape(len(SCALES), len(seeds))
+        times.append(np.asarray(run(keys, scales)).reshape(len(SCALES), len(seeds)))
         total += time.perf_counter() - began
-        logs = results.log_escape_time.sel(depth=depth).isel(activation=0, bottleneck=0).transpose("scale", "seed")
-        with np.errstate(invalid="ignore", divide="ignore"):
-            right += int((np.abs(np.log(times) - logs.values) < 0.01).sum())
-    return total, right
+    return judged(np.stack(times), total, results)
 
 
-def memory() -> None:
-    """Peak host memory of 10,000 lanes of depth 3, width 32, against that of a hundredth of them."""
-    task = problem()
-    for lanes in (100, 10_000):
+def looped(task: sj.Task, seeds: range, results: xr.Dataset, cores: int) -> dict[str, Any]:
+    """A compiled solve of one lane for each depth, called lane by lane from as many threads as there are cores."""
+    lanes = [(scale, seed) for scale in SCALES for seed in seeds]
+    times, total = [], 0.0
+    for depth in DEPTHS:
+        run = jax.jit(plain(task, depth)).lower(jax.random.key(0), jnp.asarray(1.0)).compile()
+        jobs = [(jax.random.key(seed), jnp.asarray(scale)) for scale, seed in lanes]
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            grid = {"width": 32, "depth": 3, "activation": "tanh", "scale": 1e-2, "seed": range(lanes)}
-            results = sj.sweep(task, **grid, until=sj.Time(10.0), store=Path(folder) / "memory.zarr")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        seconds = time.perf_counter() - began
-        print(f"{results.status.size:6d} lanes: peak {peak:.0f} MiB, {seconds:.1f} s, {np.unique(results.status)[0]}")
+        with ThreadPoolExecutor(cores) as pool:
+            found = list(pool.map(lambda job, run=run: float(run(*job)), jobs))
+        total += time.perf_counter() - began
+        times.append(np.reshape(found, (len(SCALES), len(seeds))))
+    return judged(np.stack(times), total, results)
 
 
-def killable(store: Path) -> None:
-    """The sweep that is killed: 240 flows in blocks of four."""
-    grid = {"width": 16, "depth": [2, 4], "activation": "tanh", "scale": [1e-2, 1e-4], "seed": range(60)}
-    sj.sweep(problem(), **grid, until=HALF, store=store, block=4)
+def pytorch(task: sj.Task, seeds: range, results: xr.Dataset, cores: int) -> dict[str, Any] | None:
+    """A loop over lanes: `odeint_event` of torchdiffeq with dopri5, as many threads as there are cores.
+
+    It integrates until the event, so only lanes are run that escape before time 1e4; the others count as not reached.
+    """
+    try:
+        import torch
+        from torchdiffeq import odeint_event
+    except ImportError:
+        return None
+    torch.set_num_threads(cores)
+    x, y = (torch.tensor(np.asarray(a)) for a in (task.x, task.y))
+    half = 0.5 * float(zero_loss(task))
+    times, total = np.full((len(DEPTHS), len(SCALES), len(seeds)), np.nan), 0.0
+    tried = 0
+
+    def loss(weights: list) -> Any:
+        h = x
+        for w in weights[:-1]:
+            h = torch.tanh(h @ w.T)
+        return 0.5 * ((h @ weights[-1].T - y) ** 2).sum(1).mean()
+
+    def field(t: Any, weights: tuple) -> tuple:
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in weights]
+            return tuple(-slope for slope in torch.autograd.grad(loss(leaves), leaves))
+
+    def run(depth: int, scale: float, seed: int) -> float:
+        start = tuple(torch.tensor(np.asarray(w)) for w in network(jax.random.key(seed), scale, depth).weights)
+        with torch.no_grad():
+            event = lambda t, weights: loss(list(weights)) - half  # noqa: E731
+            zero = torch.zeros((), dtype=torch.float64)
+            return float(odeint_event(field, start, zero, event_fn=event, rtol=RTOL, atol=ATOL, method="dopri5")[0])
+
+    run(2, SCALES[0], 0)
+    logs = results.log_escape_time.isel(activation=0, bottleneck=0)
+    for i, depth in enumerate(DEPTHS):
+        for j, scale in enumerate(SCALES):
+            for k, seed in enumerate(seeds):
+                if float(logs.sel(depth=depth, scale=scale, seed=seed)) < np.log(1e4):
+                    began = time.perf_counter()
+                    times[i, j, k] = run(depth, scale, seed)
+                    total += time.perf_counter() - began
+                    tried += 1
+    return judged(times, total, results) | {"lanes": tried}
 
 
-def kills(count: int) -> None:
-    """SIGKILL at random moments, a restart each time, and a comparison with an uninterrupted sweep."""
-    moments = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment = {**os.environ, **cache}
-
-        blocks = "status/c/*/*/*/*/*"
-
-        def written() -> int:
-            return len(list(killed.glob(blocks)))
-
-        def begin(store: Path) -> subprocess.Popen:
-            return subprocess.Popen([sys.executable, __file__, "--store", str(store)], env=environment)
-
-        whole, killed = Path(folder) / "whole.zarr", Path(folder) / "killed.zarr"
-        begin(whole).wait()
-        began = time.perf_counter()
-        begin(Path(folder) / "timed.zarr").wait()
-        whole_time = time.perf_counter() - began
-        done = 0
-        while done < count:
-            before = written()
-            process = begin(killed)
-            if done % 2 == 0:  # at any moment of its life
-                time.sleep(moments.uniform(0, whole_time))
-            else:  # while it writes
-                while process.poll() is None and written() == before:
-                    time.sleep(0.01)
-                time.sleep(moments.uniform(0, 0.5))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                done += 1
-            process.wait()
-            print(f"kill {done}: {before} blocks of 60 before, {written()} after", flush=True)
-            if written() == 60 and done < count:
-                # Everything is there: begin once more from half of it.
-                for file in sorted(killed.glob(blocks))[::2]:
-                    file.unlink()
-        begin(killed).wait()
-        same = [xr.open_zarr(path, consolidated=False).load() for path in (whole, killed)]
-        xr.testing.assert_equal(*same)
-        print(f"identical after {done} kills ({whole_time:.1f} s for an uninterrupted run with a warm cache)")
+def figure(results: dict[str, Any], path: str) -> None:
+    _, ax = plt.subplots(figsize=(5.4, 3), layout="constrained")
+    rows = results["rows"]
+    ax.barh(list(rows)[::-1], [row["rate"] for row in rows.values()][::-1], color="#0072B2")
+    ax.set(xscale="log", xlabel=f"lanes a second on {results['cores']} cores")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.figure.savefig(path, dpi=160)
 
 
 if __name__ == "__main__":

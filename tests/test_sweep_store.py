@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -169,3 +170,12 @@ def test_results_carry_dimensions_meanings_and_provenance(tmp_path):
     assert os.environ.get("CI") is None or results.attrs["commit"] != ""
     with xr.open_zarr(tmp_path / "a.zarr", consolidated=False) as opened:
         np.testing.assert_array_equal(opened.powers, results.powers)
+
+
+def test_a_store_opens_without_a_warning(tmp_path):
+    problem = ToyProblem()
+    results = run(problem, tmp_path / "a.zarr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with xr.open_zarr(tmp_path / "a.zarr") as stored:
+            np.testing.assert_array_equal(stored.value, results.value)

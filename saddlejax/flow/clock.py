@@ -4,6 +4,9 @@
 about e, however slowly that happens in time `t`. A plateau of any length then takes `O(log 1/ε)` steps.
 """
 
+from functools import singledispatch
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from jaxtyping import Array, Float
 from ..gradient import gradient
 from ..networks import AbstractNetwork, safe_norm
 from ..tasks.task import Task, task_loss
-from .coordinates import Coordinates, to_coordinates, to_net, unit_rate
+from .coordinates import Coordinates, to_coordinates, to_net, unit_rates
 
 
 class FlowState(eqx.Module):
@@ -40,29 +43,10 @@ class PlateauField(eqx.Module):
     def __call__(self, s: Array | float, state: FlowState, args: None) -> FlowState:
         """The rate of the state. Nothing moves where the gradient is exactly zero."""
         del s, args
-        rate, log_rate = self.motion(state)
-        stalled = jnp.isneginf(log_rate)
-        time = jnp.where(stalled, 0, jnp.exp(-jnp.where(stalled, 0, log_rate) - self.log_time_unit))
-        return eqx.tree_at(lambda r: r.time, rate, time)
-
-    def motion(self, state: FlowState) -> tuple[FlowState, Float[Array, ""]]:
-        """The rate of the state, time left out, and `log 1/τ`."""
-        here = gradient(self.state_net(state), self.task)
-        units, directions = jnp.exp(state.coordinates.log_units), state.coordinates.directions
-        log_rate = log_relative_rate([safe_norm(g) for g in here.weights], units)
-        stalled = jnp.isneginf(log_rate)
-        tau = jnp.where(stalled, 0, jnp.exp(-jnp.where(stalled, 0, log_rate)))
-        velocities = [-(g / unit) * tau for g, unit in zip(here.weights, units, strict=True)]
-        growth = [unit_rate(v, w) for v, w in zip(directions, velocities, strict=True)]
-        turning = tuple(w - a * v for a, v, w in zip(growth, directions, velocities, strict=True))
-        drift = [jnp.sum(rate) * tau for rate in here.neuron_rates]
-        rate = FlowState(
-            coordinates=Coordinates(jnp.stack(growth), turning),
-            time=jnp.zeros_like(tau),
-            imbalance_drift=jnp.stack(drift) if drift else jnp.zeros(0, tau.dtype),
-            loss_integral=here.loss,
-        )
-        return rate, log_rate
+        rate = motion(self.net, self.task, state.coordinates)
+        stalled = jnp.isneginf(rate.log_rate)
+        time = jnp.where(stalled, 0, jnp.exp(-jnp.where(stalled, 0, rate.log_rate) - self.log_time_unit))
+        return FlowState(rate.coordinates, time, rate.imbalance_drift, rate.loss)
 
     def state_net(self, state: FlowState) -> AbstractNetwork:
         """The network at a state."""
@@ -98,21 +82,50 @@ class PlateauField(eqx.Module):
         return jnp.where(slope < 0, bend / jnp.where(slope < 0, slope, 1), 0)
 
 
-def log_relative_rate(gradient_norms: list[Array], units: Float[Array, " layers"]) -> Float[Array, ""]:
-    """`log 1/τ = ½ log Σ_l (‖∂𝓛/∂W_l‖/‖W_l‖)²` without squaring small numbers; `−inf` for a zero gradient."""
-    ratios = jnp.stack(gradient_norms) / units
-    largest = jnp.max(ratios)
-    stalled = largest == 0
-    largest = jnp.where(stalled, 1, largest)
-    squares = jnp.sum(jnp.square(jnp.where(stalled, 1, ratios / largest)))
-    return jnp.where(stalled, -jnp.inf, jnp.log(largest) + 0.5 * jnp.log(squares))
+class Motion(NamedTuple):
+    """How a network moves per unit of `s`.
+
+    - `coordinates`, `imbalance_drift`: rates of those parts of the state.
+    - `loss`: `𝓛`.
+    - `log_rate`: `log 1/τ`, `−inf` where the gradient is exactly zero.
+    """
+
+    coordinates: Coordinates
+    imbalance_drift: Float[Array, " hidden"]
+    loss: Float[Array, ""]
+    log_rate: Float[Array, ""]
+
+
+@singledispatch
+def motion(net: AbstractNetwork, task: Task, coordinates: Coordinates) -> Motion:
+    """The motion of the network at given coordinates. Networks may register a cheaper way."""
+    here = gradient(to_net(coordinates, net), task)
+    shapes, inverses = coordinates.shapes, jnp.exp(-coordinates.log_units)
+    relative = shapes.join([g * inverse for g, inverse in zip(here.weights, inverses, strict=True)])
+    norm = _norm(relative)  # 1/τ
+    stalled = norm == 0
+    tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
+    velocity = -tau * relative
+    growth = unit_rates(coordinates, velocity)
+    turning = velocity - shapes.scale(growth, coordinates.joined)
+    drift = jnp.stack([jnp.sum(rate) for rate in here.neuron_rates]) if here.neuron_rates else jnp.zeros(0, tau.dtype)
+    log_rate = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
+    return Motion(Coordinates(turning, growth, shapes), drift * tau, here.loss, log_rate)
+
+
+def _norm(vector: Float[Array, " weights"]) -> Float[Array, ""]:
+    """The norm of a long vector in one pass over it, and two more where the sum of squares may have underflown."""
+    squares, limits = jnp.sum(jnp.square(vector)), jnp.finfo(vector.dtype)
+    plain = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
+    return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
 
 
 def start(net: AbstractNetwork, task: Task) -> tuple[PlateauField, FlowState, FlowState]:
     """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
     zero = jnp.zeros((), task.x.dtype)
     state = FlowState(to_coordinates(net.weights), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
-    rate, log_rate = PlateauField(net, task, zero).motion(state)
-    stalled = jnp.isneginf(log_rate)
-    field = PlateauField(net, task, jnp.where(stalled, 0, -log_rate))
-    return field, state, eqx.tree_at(lambda r: r.time, rate, jnp.where(stalled, zero, 1))
+    rate = motion(net, task, state.coordinates)
+    stalled = jnp.isneginf(rate.log_rate)
+    field = PlateauField(net, task, jnp.where(stalled, 0, -rate.log_rate))
+    time = jnp.where(stalled, zero, 1)
+    return field, state, FlowState(rate.coordinates, time, rate.imbalance_drift, rate.loss)

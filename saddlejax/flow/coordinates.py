@@ -5,34 +5,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..networks import Net, Weights, safe_norm
+from .layer_shapes import LayerShapes
 
 
 class Coordinates(eqx.Module):
-    """`W_l = e^{u_l} V_l` with `‖V_l‖_F = 1`.
+    """`W_l = e^{u_l} V_l` with `‖V_l‖_F = 1`; the `V_l` are kept in one vector.
 
     On the plateau every layer grows exponentially in the plateau clock. In these coordinates that is a straight line
     in `u_l`, which any integrator follows exactly; only the turning of the directions `V_l` costs steps.
     """
 
+    joined: Float[Array, " weights"]
     log_units: Float[Array, " layers"]
-    directions: Weights
+    shapes: LayerShapes = eqx.field(static=True)
+
+    @property
+    def directions(self) -> Weights:
+        """The directions `V_l`."""
+        return self.shapes.split(self.joined)
 
     def weights(self) -> list[Array]:
         """The weights `W_l`."""
-        return [jnp.exp(u) * v for u, v in zip(self.log_units, self.directions, strict=True)]
+        units = jnp.exp(self.log_units)
+        return [unit * v for unit, v in zip(units, self.directions, strict=True)]
 
 
 def to_coordinates(weights: Weights) -> Coordinates:
     """The coordinates of given weights.
 
     A layer that is exactly zero takes the unit of the smallest other layer and the direction `V_l = 0`; it grows to
-    its unit as the flow moves (see `unit_rate`).
+    its unit as the flow moves (see `unit_rates`).
     """
     norms = jnp.stack([safe_norm(w) for w in weights])
     smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
     smallest = jnp.where(jnp.isfinite(smallest), smallest, 1)
     units = jnp.where(norms > 0, norms, smallest)
-    return Coordinates(jnp.log(units), tuple(w / unit for w, unit in zip(weights, units, strict=True)))
+    shapes = LayerShapes(tuple(w.shape for w in weights))
+    return Coordinates(shapes.join([w / unit for w, unit in zip(weights, units, strict=True)]), jnp.log(units), shapes)
 
 
 def to_net(coordinates: Coordinates, like: Net) -> Net:
@@ -40,9 +49,10 @@ def to_net(coordinates: Coordinates, like: Net) -> Net:
     return like.with_weights(coordinates.weights())
 
 
-def unit_rate(direction: Float[Array, "out in"], velocity: Float[Array, "out in"]) -> Float[Array, ""]:
-    """The rate `du/ds` at which a unit follows its layer, whose velocity in that unit is `velocity`.
+def unit_rates(coordinates: Coordinates, velocity: Float[Array, " weights"]) -> Float[Array, " layers"]:
+    """The rates `du_l/ds` at which units follow their layers, whose velocities in those units are `velocity`.
 
-    Any rate gives the same weights. This one keeps `‖V‖` where it is once it has reached one.
+    Any rate gives the same weights. This one keeps `‖V_l‖` where it is once it has reached one.
     """
-    return jnp.sum(direction * velocity) / jnp.maximum(jnp.sum(jnp.square(direction)), 1)
+    shapes, joined = coordinates.shapes, coordinates.joined
+    return shapes.inner(joined, velocity) / jnp.maximum(shapes.inner(joined, joined), 1)

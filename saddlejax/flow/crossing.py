@@ -22,40 +22,42 @@ def crossing(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The `s` in a bracket where `function(params, s)` rises through zero, and the evaluations spent.
 
-    The Illinois variant of false position, held to halve the bracket wherever that fails to shrink it, so that jumps
-    are located as safely as smooth crossings. Its derivative is that of the implicit function theorem,
-    `ds = −(∂f/∂params · d params)/(∂f/∂s)`.
+    Chandrupatla's method: inverse quadratic interpolation where three points show the function to be monotone enough
+    for it, else the bracket is halved, so that jumps are located as safely as smooth crossings. Its derivative is that
+    of the implicit function theorem, `ds = −(∂f/∂params · d params)/(∂f/∂s)`.
 
     **Arguments:** `bracket` and the `values` of the function at its ends, the first negative, the second not;
     `tolerance` in `s`.
     """
 
     def unfinished(carry: tuple) -> Array:
-        low, high, _, _, evaluations, _ = carry
-        return (high - low > tolerance) & (evaluations < MAX_EVALUATIONS)
+        new, other, *_, evaluations = carry
+        return (jnp.abs(other - new) > tolerance) & (evaluations < MAX_EVALUATIONS)
 
     def step(carry: tuple) -> tuple:
-        low, high, f_low, f_high, evaluations, bisect = carry
-        middle = 0.5 * (low + high)
-        secant = high - f_high * (high - low) / (f_high - f_low)
-        inside = jnp.isfinite(secant) & (secant > low) & (secant < high) & ~bisect
-        # A trial half a tolerance beyond the estimate closes the bracket from the other side.
-        trial = jnp.where(inside, secant + jnp.where(secant < middle, 0.5, -0.5) * tolerance, middle)
-        trial = jnp.where((trial > low) & (trial < high), trial, middle)
-        value = function(params, trial)
-        below = value < 0
-        new = (
-            jnp.where(below, trial, low),
-            jnp.where(below, high, trial),
-            jnp.where(below, value, f_low * 0.5),
-            jnp.where(below, f_high * 0.5, value),
-        )
-        slow = new[1] - new[0] > 0.5 * (high - low)
-        return (*new, evaluations + 1, slow & ~bisect)
+        # The last point, that on the other side of the crossing, and where to go between them.
+        x1, x2, f1, f2, share, evaluations = carry
+        x = x1 + share * (x2 - x1)
+        f = function(params, x)
+        same_side = (f < 0) == (f1 < 0)
+        x3, f3 = jnp.where(same_side, x1, x2), jnp.where(same_side, f1, f2)
+        x2, f2 = jnp.where(same_side, x2, x1), jnp.where(same_side, f2, f1)
+        xi, phi = (x - x2) / (x3 - x2), (f - f2) / (f3 - f2)
+        quadratic = f / (f2 - f) * f3 / (f2 - f3) + (x3 - x) / (x2 - x) * f / (f3 - f) * f2 / (f3 - f2)
+        trusted = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi) & jnp.isfinite(quadratic)
+        return x, x2, f, f2, within(jnp.where(trusted, quadratic, 0.5), x2 - x), evaluations + 1
 
-    init = (*bracket, *values, jnp.asarray(0), jnp.asarray(False))
-    _low, high, _f_low, _f_high, evaluations, _ = jax.lax.while_loop(unfinished, step, init)
-    return high, evaluations
+    def within(share: Array, width: Array) -> Array:
+        """Never closer to an end than half a tolerance: a step beyond the crossing closes the bracket."""
+        least = jnp.minimum(0.5 * tolerance / jnp.abs(width), 0.5)
+        return jnp.clip(share, least, 1 - least)
+
+    (low, high), (f_low, f_high) = bracket, values
+    secant = f_low / (f_low - f_high)
+    first = within(jnp.where(jnp.isfinite(secant), secant, 0.5), high - low)
+    init = (low, high, f_low, f_high, first, jnp.asarray(0))
+    x1, x2, f1, _f2, _, evaluations = jax.lax.while_loop(unfinished, step, init)
+    return jnp.where(f1 < 0, x2, x1), evaluations
 
 
 @crossing.def_jvp

@@ -8,6 +8,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -94,6 +95,14 @@ class AbstractMethod(eqx.Module):
         """The method in words."""
 
 
+class ExplicitStep(NamedTuple):
+    """A step of an explicit solver: the states at its ends, and its length times the rate at every stage."""
+
+    before: FlowState
+    after: FlowState
+    moves: Float[Array, "stages state"]
+
+
 class Explicit(AbstractMethod):
     """An explicit Runge-Kutta solver of diffrax whose last stage is the first of the next step."""
 
@@ -110,19 +119,35 @@ class Explicit(AbstractMethod):
     def attempt(
         self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
     ) -> Attempt:
-        solver = eqx.tree_at(lambda s: s.scan_kind, self.solver, kind, is_leaf=lambda leaf: leaf is None)
-        assert isinstance(solver.tableau, dfx.ButcherTableau)
+        del s, kind, dense
+        tableau = self.solver.tableau
+        assert isinstance(tableau, dfx.ButcherTableau)
+        stages = tableau.num_stages
+        y0, to_state = ravel_pytree(state)
+        lower = np.zeros((stages, stages))
+        for number, row in enumerate(tableau.a_lower, start=1):
+            lower[number, :number] = row
+        weights, error_weights = jnp.asarray(lower, y0.dtype), jnp.asarray(tableau.b_error, y0.dtype)
+
+        def stage(number: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            moves, _ = carry
+            y = y0 + jnp.matmul(weights[number], moves, precision="highest")
+            return moves.at[number].set(size * ravel_pytree(field(0.0, to_state(y), None))[0]), y
+
         # The rate at the end of a step is kept, so that the next one starts from it and the loss and the curvature at
         # the end of a step come without another gradient.
-        after, error, within, (_, new_rate), _ = solver.step(
-            dfx.ODETerm(field), s, s + size, state, None, (False, rate), False
-        )
+        moves = jnp.zeros((stages, y0.size), y0.dtype).at[0].set(size * ravel_pytree(rate)[0])
+        moves, y1 = jax.lax.fori_loop(1, stages, stage, (moves, y0))
+        error = to_state(jnp.matmul(error_weights, moves, precision="highest"))
+        after, new_rate = to_state(y1), to_state(moves[-1] * (1 / size))
         relative, of_time = jax.lax.stop_gradient(relative_errors(error, after))
-        stages = jnp.asarray(solver.tableau.num_stages - 1)
-        return Attempt(after, new_rate, relative, of_time, within, stages, jnp.asarray(0), jnp.asarray(False))
+        step = ExplicitStep(state, after, moves)
+        count = jnp.asarray(stages - 1)
+        return Attempt(after, new_rate, relative, of_time, step, count, jnp.asarray(0), jnp.asarray(False))
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
-        return self.solver.interpolation_cls(t0=s0, t1=s1, **dense)
+        moves = jax.vmap(ravel_pytree(dense.before)[1])(dense.moves)
+        return self.solver.interpolation_cls(t0=s0, t1=s1, y0=dense.before, y1=dense.after, k=moves)
 
     def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
         return attempt.dense

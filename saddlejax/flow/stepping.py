@@ -4,7 +4,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..networks import safe_norm
 from .clock import FlowState
 
 SAFETY = 0.9
@@ -34,12 +33,14 @@ def relative_errors(error: FlowState, after: FlowState) -> tuple[Float[Array, ""
     An error of a unit is a relative error of its layer already, one of a direction is relative to its length one;
     time is relative to itself. The quadratures that ride along do not count.
     """
-    layers = [
-        jnp.abs(u) + safe_norm(v)
-        for u, v in zip(error.coordinates.log_units, error.coordinates.directions, strict=True)
-    ]
+    turned, shapes = error.coordinates.joined, error.coordinates.shapes
+    largest = jnp.max(jnp.abs(turned))
+    unit = jnp.where(largest == 0, 1, largest)
+    turned = turned * (1 / unit)
+    turns = unit * jnp.sqrt(shapes.inner(turned, turned))
+    layers = jnp.abs(error.coordinates.log_units) + turns
     time = jnp.abs(error.time) / jnp.where(after.time > 0, after.time, 1)
-    return jnp.max(jnp.stack(layers)), time
+    return jnp.max(layers), time
 
 
 def influence(state: FlowState, rate: FlowState) -> Float[Array, ""]:

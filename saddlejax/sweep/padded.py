@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..activations import Activation
+from ..flow.clock import Motion, motion
+from ..flow.coordinates import Coordinates
+from ..flow.layer_shapes import LayerShapes
 from ..gradient import Gradient, gradient
 from ..networks import MLP, AbstractNetwork, Weights, predict
 from ..tasks.task import Task
@@ -68,3 +71,26 @@ def _gradient(net: PaddedMLP, task: Task) -> Gradient:
         return Gradient(found.loss, pad(found.weights, net.weights), pad(found.neuron_rates, neurons))
 
     return net.branch(padded)
+
+
+@motion.register
+def _motion(net: PaddedMLP, task: Task, coordinates: Coordinates) -> Motion:
+    shapes, no_drift = coordinates.shapes, jnp.zeros(net.depth - 1, task.x.dtype)
+
+    def at(depth: int) -> Callable[[Coordinates], Motion]:
+        def small_motion(all_layers: Coordinates) -> Motion:
+            there = LayerShapes(tuple(remove(shapes.shapes, depth)))
+            directions, units = all_layers.directions, list(all_layers.log_units)
+            small = Coordinates(there.join(remove(directions, depth)), jnp.stack(remove(units, depth)), there)
+            found = motion(MLP.from_weights(small.weights(), net.activation), task, small)
+            turning = pad(found.coordinates.directions, directions)
+            growth = pad(list(found.coordinates.log_units), units)
+            drift = pad(list(found.imbalance_drift), list(no_drift))
+            return found._replace(
+                coordinates=Coordinates(shapes.join(turning), jnp.stack(growth), shapes),
+                imbalance_drift=jnp.stack(drift) if drift else no_drift,
+            )
+
+        return small_motion
+
+    return jax.lax.switch(net.which, [at(depth) for depth in net.depths], coordinates)

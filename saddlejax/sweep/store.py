@@ -112,6 +112,9 @@ class ZarrStore:
             dimension_names=grid.dims,
             attributes={"long_name": "outcome; empty where not computed yet"},
         )
+        with warnings.catch_warnings():  # of Zarr, that its format 3 does not yet specify this; xarray looks for it
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(path)
 
     def _check_specification(self) -> dict[str, Any]:
         try:
