@@ -1,6 +1,6 @@
 """What a sweep costs: lanes a second, against bare gradients and against what a user would do instead.
 
-    python benchmarks/sweep.py [--seeds 4] [--repeats 3] [--json sweep.json] [--figure sweep.png]
+    python benchmarks/sweep.py [--seeds 4] [--repeats 3]
 
 On one mixed grid (depths 2–6, init scales 1e-1 … 1e-5, tanh, width 32, 100 samples, float64), everything compiled before:
 
@@ -21,19 +21,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import common
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 
 import saddlejax as sj
 from saddlejax.sweep.execute import available_cores
@@ -42,7 +40,6 @@ from saddlejax.sweep.sweep import _flows
 from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)
-matplotlib.use("Agg")
 
 SAMPLES, INPUTS, WIDTH, DEPTHS = 100, 10, 32, (2, 3, 4, 5, 6)
 SCALES = tuple(float(f"{s:.3g}") for s in np.geomspace(1e-1, 1e-5, 5))
@@ -52,25 +49,20 @@ RTOL, ATOL = 1e-4, 1e-6
 GRID = {"width": WIDTH, "depth": DEPTHS, "activation": "tanh", "scale": SCALES, "until": HALF}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4, help="25 lanes each")
-    parser.add_argument("--rival-seeds", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="of the sweep and of the bare gradients, in turns")
-    parser.add_argument("--json", help="file to write all numbers to")
-    parser.add_argument("--figure", help="file to draw lanes a second to")
-    parser.add_argument("--cores", type=int, help="time the sweep alone on so many cores, and print lanes a second")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = common.parser(__doc__, "sweep")
+    options.set_defaults(threads=len(common.CORES))
+    options.add_argument("--seeds", type=int, default=4, help="25 lanes each")
+    options.add_argument("--rival-seeds", type=int, default=1)
+    options.add_argument("--repeats", type=int, default=3, help="of the sweep and of the bare gradients, in turns")
+    options.add_argument("--cores", type=int, help="time the sweep alone on so many cores, and print lanes a second")
+    options = common.parse(options, arguments, {"seeds": 1, "repeats": 1})
     if options.cores:
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
+        os.sched_setaffinity(0, set(common.CORES[: options.cores]))
         print(json.dumps(scaling(options.seeds)))
         return
-    results = throughput(options)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
-    if options.figure:
-        figure(results, options.figure)
+    tables, numbers, notes = throughput(options)
+    common.save(options, tables, numbers, figure(numbers), notes)
 
 
 def problem() -> sj.Task:
@@ -84,7 +76,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def throughput(options: argparse.Namespace) -> dict[str, Any]:
+def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[str, Any], list[str]]:
     task, cores = problem(), available_cores()
     first = seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values)
     results = sj.sweep(task, **GRID, seed=range(options.seeds))
@@ -106,36 +98,41 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     ):
         if (row := rival(task, seeds, results, cores)) is not None:
             rows[name] = row
-    table = Table(title=f"{lanes} lanes on {cores} cores (the rivals: {25 * len(seeds)} lanes)")
-    for column in ("", "seconds", "lanes a second", "sweep is faster by", "escape times within 1 %"):
-        table.add_column(column, justify="right")
+    table = []
     for name, row in rows.items():
         row["rate"] = row["lanes"] / row["seconds"]
         right = "" if row["right"] is None else f"{row['right']} of {row['lanes']}"
         factor = rows["sweep"]["rate"] / row["rate"]
-        table.add_row(name, f"{row['seconds']:.2f}", f"{row['rate']:.1f}", f"{factor:.2f}", right)
-    console = Console(width=120)
-    console.print(table)
-    share = flops(results) / ours / products
-    console.print(f"first call, with compilation: {first:.1f} s")
-    console.print(f"sweep / bare gradients: {ours / gradients:.2f}  (repeats {[round(a / b, 2) for a, b in times]})")
-    console.print(
-        f"matrix products: {products / 1e9:.0f} Gflop/s; the gradients of the sweep come to {share:.0%} of it"
-    )
-    busy = busy_share(task)
-    console.print(f"slots of a refilled batch that work on a lane: {busy:.0%}")
-    on_cores = {}
+        table.append((name, str(row["lanes"]), f"{row['seconds']:.2f}", f"{row['rate']:.1f}", f"{factor:.2f}", right))
+    share, busy, on_cores = flops(results) / ours / products, busy_share(task), {}
     for count in sorted({1, cores}):
         command = [sys.executable, __file__, "--cores", str(count), "--seeds", str(options.seeds)]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         on_cores[count] = json.loads(found.stdout.splitlines()[-1])
-        rates = ", ".join(f"{lanes} lanes: {rate:.1f}" for lanes, rate in on_cores[count].items())
-        console.print(f"{count} cores, lanes a second: {rates}")
-    return {"cores": cores, "rows": rows, "first": first, "times": times, "share_of_products": share} | {
+    ratios = ", ".join(f"{a / b:.2f}" for a, b in times)
+    notes = [
+        f"Sweep / bare gradients: {ours / gradients:.2f} (repeats: {ratios}). First call, with compilation: {first:.1f} s.",
+        f"Matrix products: {products / 1e9:.0f} Gflop/s, of which the gradients of the sweep come to {share:.0%}.",
+        f"Slots of a refilled batch of 8 that work on a lane: {busy:.0%}.",
+    ]
+    tables = [
+        common.Table(
+            f"Flows of depths 2 to 6 on {cores} cores",
+            ("", "lanes", "seconds", "lanes a second", "sweep is faster by", "escape times within 1 %"),
+            table,
+        ),
+        common.Table(
+            "Lanes a second of the sweep",
+            ("cores", *(f"{count} lanes" for count in on_cores[1])),
+            [(str(count), *(f"{rate:.1f}" for rate in rates.values())) for count, rates in on_cores.items()],
+        ),
+    ]
+    numbers = {"cores": cores, "rows": rows, "first": first, "times": times, "share_of_products": share} | {
         "product_rate": products,
         "busy": busy,
         "on_cores": on_cores,
     }
+    return tables, numbers, notes
 
 
 def scaling(seeds: int) -> dict[int, float]:
@@ -294,6 +291,7 @@ def pytorch(task: sj.Task, seeds: range, results: xr.Dataset, cores: int) -> dic
         import torch
         from torchdiffeq import odeint_event
     except ImportError:
+        common.missing("torch torchdiffeq", "PyTorch")
         return None
     torch.set_num_threads(cores)
     x, y = (torch.tensor(np.asarray(a)) for a in (task.x, task.y))
@@ -332,13 +330,12 @@ def pytorch(task: sj.Task, seeds: range, results: xr.Dataset, cores: int) -> dic
     return judged(times, total, results) | {"lanes": tried}
 
 
-def figure(results: dict[str, Any], path: str) -> None:
-    _, ax = plt.subplots(figsize=(5.4, 3), layout="constrained")
+def figure(results: dict[str, Any]) -> Figure:
+    fig, ((ax,),) = common.axes(1, width=5.4, height=3)
     rows = results["rows"]
-    ax.barh(list(rows)[::-1], [row["rate"] for row in rows.values()][::-1], color="#0072B2")
+    ax.barh(list(rows)[::-1], [row["rate"] for row in rows.values()][::-1], color=sj.plot.COLOURS[0])
     ax.set(xscale="log", xlabel=f"lanes a second on {results['cores']} cores")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.figure.savefig(path, dpi=160)
+    return fig
 
 
 if __name__ == "__main__":

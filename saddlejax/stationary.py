@@ -80,7 +80,7 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
             SOLVED * safe_norm(gradient) / jnp.sqrt(damping),
             KRYLOV_SIZE,
         ).space()
-        trial = point - space.apply(lambda z: z / (jnp.square(z) + damping))
+        trial = point - space.apply(lambda z: z / (jnp.square(z) + damping))[0]
         there = slope(trial)
         better = safe_norm(there) < safe_norm(gradient)
         return (

@@ -6,7 +6,6 @@ Prints the devices that its blocks ran on. With a port it is one of two processe
 import sys
 
 import jax
-from problems import HALF, teacher
 
 import saddlejax as sj
 from saddlejax.sweep import execute
@@ -17,6 +16,8 @@ jax.config.update("jax_enable_x64", True)
 def main(out, batch, store=None, port=None, process=None):
     if port is not None:
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+    from problems import HALF, teacher  # computes
+
     used, compute = [], execute._compute
 
     def noted(problem, block):

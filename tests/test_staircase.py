@@ -50,17 +50,17 @@ def test_krylov_space_gives_functions_of_a_matrix_and_owns_up_to_what_is_left():
     @partial(jax.jit, static_argnums=1)
     def both(tolerance, size):
         problem = KrylovProblem(lambda v: matrix @ v, vector, lambda z: phi(2, z), jnp.linalg.norm, tolerance, size)
-        return problem.space(), problem.apply(functions)
+        return problem.space(), problem.apply(*functions)
 
     for tolerance, size in ((1e-8, 48), (1e-3, 48), (1e-1, 48), (1e-12, 6)):
         space, applied = both(tolerance, size)
         left = float(jnp.linalg.norm(space.error))
-        for function, answer in zip(functions, (exact, half), strict=True):
-            assert float(jnp.linalg.norm(space.apply(function) - answer)) < 3 * max(left, 1e-12)
+        for found, answer in zip(space.apply(*functions), (exact, half), strict=True):
+            assert float(jnp.linalg.norm(found - answer)) < 3 * max(left, 1e-12)
         assert left <= tolerance or int(space.used) >= size
         # Taken from the smaller room or from the larger one, it is the same.
         assert int(applied.used) == int(space.used)
-        np.testing.assert_allclose(applied.results[0], space.apply(functions[0]), atol=1e-12)
+        np.testing.assert_allclose(applied.results, space.apply(*functions), atol=1e-12)
         np.testing.assert_allclose(applied.error, space.error, atol=1e-12)
         assert float(applied.largest) <= 0
 

@@ -81,7 +81,7 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         size = self.t1 - self.t0
         flat, unravel = ravel_pytree(self.y0)
         functions = _functions((t0 - self.t0) / size, jnp.asarray(size, flat.dtype))
-        parts = [space.apply(function) for space, function in zip(self.spaces, functions, strict=True)]
+        parts = [space.apply(function)[0] for space, function in zip(self.spaces, functions, strict=True)]
         return unravel(flat + sum(parts))
 
 
@@ -179,10 +179,10 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
                 self.krylov_size,
             )
             if not keep:
-                found = problem.apply(functions)
+                found = problem.apply(*functions)
                 return found.results, found.largest, found.error, found.used, None
             space = problem.space()
-            return [space.apply(one) for one in functions], jnp.max(space.values), space.error, space.used, space
+            return space.apply(*functions), jnp.max(space.values), space.error, space.used, space
 
         rate, product = jax.linearize(field, start)
         half = _functions(0.5, h)[0]

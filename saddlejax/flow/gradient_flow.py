@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from threadpoolctl import threadpool_limits
 
 from .. import _check
 from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
@@ -107,7 +108,13 @@ def gradient_flow(
         method = Exponential(KRYLOV_SHARE * rtol, KRYLOV_SIZE, conserves)
     tolerance = f"{float(rtol):.6g}" if _check.is_concrete(rtol) and rtol.ndim == 0 else "traced"
     words = f"{method.describe()} in the plateau clock, rtol {tolerance}"
-    end = _run(net, task, until, save, rtol, min_step, method, max_steps)
+    arguments = (net, task, until, save, rtol, min_step, method, max_steps)
+    if isinstance(method, Exponential) and _check.is_concrete(arguments):
+        # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
+        with threadpool_limits(limits=1, user_api="blas"):
+            end = jax.block_until_ready(_run(*arguments))
+    else:
+        end = _run(*arguments)
     flow = _flow(end, until.describe(), words)
     if _check.is_concrete(flow):
         if bool(end.status == Status.met_at_start):

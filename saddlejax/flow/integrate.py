@@ -1,6 +1,6 @@
 """The loop: steps in the plateau clock, until the end is reached."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -13,11 +13,13 @@ from ..networks import AbstractNetwork
 from ..tasks.task import Task, zero_loss
 from .clock import FlowState, PlateauField, start
 from .crossing import crossing
-from .method import AbstractMethod, Kind
+from .method import AbstractMethod
 from .record import Row, Save, empty_rows, row
 from .status import Status
 from .stepping import StepSize, first_step_size, influence, next_step_size
 from .until import AbstractUntil
+
+Kind = Literal["lax", "bounded"]
 
 SMALLEST_STEP = 1e-9
 NO_PLATEAU_GRADIENT = 1e-6
@@ -115,7 +117,7 @@ def _integrate(
     first_gradient = field.log_gradient_norm(state, rate)
 
     def body(p: Progress) -> Progress:
-        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, kind, dense=save.times is not None)
+        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, dense=save.times is not None)
         after, new_rate = attempt.after, attempt.rate
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
         # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
@@ -190,7 +192,7 @@ def _integrate(
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, kind, False)
+    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, False)
     memory = eqx.filter_eval_shape(method.remember, tried, state, rate, zero)
     progress = Progress(
         s=zero,

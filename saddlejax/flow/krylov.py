@@ -1,7 +1,7 @@
 """Functions of a large symmetric matrix times a vector, from products with the matrix alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,20 +57,21 @@ class KrylovSpace(eqx.Module):
     error: Float[Array, " n"]
     used: Int[Array, ""]
 
-    def apply(self, function: Function) -> Float[Array, " n"]:
-        """`g(A) v` for a scalar function `g` given on arrays."""
-        return self.norm * jnp.matmul(_projected(self.values, self.vectors, function), self.basis, precision="highest")
+    def apply(self, *functions: Function) -> Float[Array, "functions n"]:
+        """`g(A) v` for scalar functions `g` given on arrays, a row each."""
+        projected = jnp.stack([_projected(self.values, self.vectors, function) for function in functions])
+        return self.norm * jnp.matmul(projected, self.basis, precision="highest")
 
 
 class Applied(eqx.Module):
     """Functions of a matrix times a vector.
 
-    - `results`: `g(A) v`, one for each function.
+    - `results`: `g(A) v`, a row for each function.
     - `largest`: the largest eigenvalue of `A` seen from `v`, zero if that is negative.
     - `error`, `used`: of the Krylov space.
     """
 
-    results: tuple[Float[Array, " n"], ...]
+    results: Float[Array, "functions n"]
     largest: Float[Array, ""]
     error: Float[Array, " n"]
     used: Int[Array, ""]
@@ -120,14 +121,13 @@ class KrylovProblem:
         """The space itself, with room for `size` vectors."""
         return self._whole(self._small()).space(safe_norm(self.vector))
 
-    def apply(self, functions: Sequence[Function]) -> Applied:
+    def apply(self, *functions: Function) -> Applied:
         """Functions of `A` times `v`; the larger room is taken only where it is needed."""
         norm = safe_norm(self.vector)
 
         def applied(grown: Lanczos) -> Applied:
             space = grown.space(norm)
-            results = tuple(space.apply(function) for function in functions)
-            return Applied(results, jnp.max(space.values), space.error, space.used)
+            return Applied(space.apply(*functions), jnp.max(space.values), space.error, space.used)
 
         small = self._small()
         if self._room(self.size) == self._room(FIRST):

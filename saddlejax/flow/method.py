@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -19,8 +19,6 @@ from .clock import FlowState, PlateauField
 from .coordinates import to_coordinates
 from .exponential import ExponentialInterpolation, ExponentialRosenbrock
 from .stepping import relative_errors
-
-Kind = Literal["lax", "bounded"]
 
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
@@ -74,7 +72,7 @@ class AbstractMethod(eqx.Module):
 
     @abc.abstractmethod
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
     ) -> Attempt:
         """A step from a state whose rate is known; the states within it are wanted where `dense`."""
 
@@ -117,9 +115,9 @@ class Explicit(AbstractMethod):
         return order
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
     ) -> Attempt:
-        del s, kind, dense
+        del s, dense
         tableau = self.solver.tableau
         assert isinstance(tableau, dfx.ButcherTableau)
         stages = tableau.num_stages
@@ -219,9 +217,8 @@ class Exponential(AbstractMethod):
         return 4
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, kind: Kind, dense: bool
+        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
     ) -> Attempt:
-        del kind
         tau = rate.time * jnp.exp(field.log_time_unit)
         weights = field.state_net(state).weights
 
@@ -281,7 +278,7 @@ class Exponential(AbstractMethod):
 
     def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
         state, rate, size = memory
-        again = self.attempt(field, s0, state, rate, size, "lax", dense=True)
+        again = self.attempt(field, s0, state, rate, size, dense=True)
         return Recalled(self.interpolation(s0, s1, again.dense), again.gradients, again.products)
 
     def describe(self) -> str:
