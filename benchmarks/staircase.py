@@ -12,8 +12,9 @@ From small weights to the end of the last plateau. In one run:
 
 1. Against the init scale: linear teacher of singular values 4, 2, 1, ½, width 10, depths 3 and 4.
 2. Against the width, at one scale and depth 3.
-3. On 200 digits: tanh by both integrators of the library; ReLU, where the explicit one does better.
-4. Memory of a stiff flow as the width grows.
+3. Width 100, depth 4: the stiff integrator at ε = 1e-3, against the explicit one at a scale thirty times larger.
+4. On 200 digits: tanh by both integrators of the library; ReLU, where the explicit one does better.
+5. Memory of a stiff flow as the width grows.
 
 The error of a run is the worst relative error of the times at which the loss falls to half-way between two plateaus; the
 reference is SciPy's LSODA at 1e-10 where the network is small, and elsewhere the stiff integrator at rtol 1e-6, which is compared with
@@ -55,6 +56,7 @@ QUICK = {
     "narrow": 4,
     "width_scale": 1e-1,
     "memory_widths": [],
+    "wide": 0,
     "methods": ["stiff", "Rodas4, CG"],
     "data_scales": [],
 }
@@ -69,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--width-scale", type=float, default=1e-2, help="init scale of the networks that go over the widths"
     )
+    parser.add_argument(
+        "--wide", type=int, default=100, help="width at which stiff and explicit run four layers; 0: none"
+    )
     parser.add_argument("--memory-widths", type=int, nargs="*", default=[50, 100, 200])
     parser.add_argument(
         "--data-scales", type=float, nargs="*", default=[1e-1, 1e-2, 1e-3], help="of the tanh networks on digits"
@@ -79,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.parse(parser, arguments, QUICK)
     scale_rows = [row for depth in options.depths for row in against_scale(depth, options)]
     width_rows = against_width(options)
+    wide_rows, wide_table = wide(options.wide) if options.wide else ([], None)
     data_rows, data_table = data(options.data_scales)
     memory_rows = memory(options.memory_widths)
     tables = [
@@ -87,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if width_rows:
         tables.append(cost_table(f"Depth 3, ε = {options.width_scale:g}", "width", width_rows))
+    tables += [wide_table] if wide_table else []
     tables += [data_table] if data_rows else []
     tables += [memory_table(memory_rows)] if memory_rows else []
     checks = [
@@ -99,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes.append(
             f"The stiff integrator at rtol 1e-6 agrees with LSODA at 1e-10 to {max(checks):.0e}, where both run."
         )
-    numbers = {"scale": scale_rows, "width": width_rows, "data": data_rows, "memory": memory_rows}
+    numbers = {"scale": scale_rows, "width": width_rows, "wide": wide_rows, "data": data_rows, "memory": memory_rows}
     common.save(options, tables, numbers, figure(scale_rows, width_rows, options), notes)
 
 
@@ -238,6 +245,22 @@ def cell(run: dict[str, Any], ours: dict[str, Any] | None) -> str:
     work += f" + {run['hessians']:,} H" if run["hessians"] else ""
     error = f"{run['error']:.0e}" if np.isfinite(run["error"]) else "end not reached"
     return f"{work}\n{seconds}\n{error}"
+
+
+def wide(width: int) -> tuple[list[dict], common.Table]:
+    """The stiff integrator at a small scale and the explicit one at a larger one, in four layers of one width."""
+    task = sj.tasks.linear_teacher(STRENGTHS, in_size=10)
+    rows, cells = [], []
+    for name, scale in (("stiff", 1e-3), ("explicit", 3e-2)):
+        net = network(task, width, 4, "identity", scale)
+        run = METHODS[name](net, task, LEVELS, scale)
+        rows.append({"method": name, "scale": scale, "width": width, **run._asdict()})
+        ratio = f", ×{common.number(run.seconds / rows[0]['seconds'])}"
+        seconds = f"{common.number(run.seconds)}{ratio if name != 'stiff' else ''}"
+        cells.append([name, f"{scale:g}", f"{run.gradients:,}", f"{run.products:,}", f"{run.steps:,}", seconds])
+    parameters = sum(w.size for w in net.weights)
+    columns = ["integrator", "ε", "gradients", "products", "steps", "s"]
+    return rows, common.Table(f"Width {width}, depth 4 ({parameters:,} parameters)", columns, cells)
 
 
 def data(scales: Sequence[float]) -> tuple[list[dict], common.Table]:

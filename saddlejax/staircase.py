@@ -24,8 +24,8 @@ E_FOLD = 1.0
 class Plateau(eqx.Module):
     """A stretch of the flow near a saddle.
 
-    - `log_start`, `log_end`: logarithms of the times `t` of the escape before it (`−inf` for the first plateau) and of
-      the escape from it (`inf` where the flow ended before).
+    - `log_start`, `log_end`: natural logarithms of the times `t` of the escape before it (`−inf` for the first plateau)
+      and of the escape from it (`inf` where the flow ended before); `start`, `end` are the times themselves.
     - `log_time`, `row`: when, and in which row of the flow, the gradient was smallest.
     - `loss`, `gradient_norm`: `𝓛` and `‖∇𝓛‖` there.
     - `prominence`: by how many e-folds `‖∇𝓛‖²` rises from there, on the side where it rises less.
@@ -49,6 +49,17 @@ class Plateau(eqx.Module):
     bottleneck_rank: tuple[int, int] = eqx.field(static=True)
     saddle: StationaryPoint | None
     log_end_error: float | None = eqx.field(static=True)
+
+    @property
+    def start(self) -> float:
+        """The time `t` of the escape before it, 0 for the first plateau."""
+        return float(np.exp(self.log_start))
+
+    @property
+    def end(self) -> float:
+        """The time `t` of the escape from it; infinite where the flow ended before, or where it overflows."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.log_end))
 
 
 class Plateaus(eqx.Module):
@@ -88,11 +99,7 @@ class Plateaus(eqx.Module):
             if p.log_end_error is not None:
                 lines.append(f"    end moved by {p.log_end_error:+.1e} in log t at the other tolerance")
             if p.saddle is not None:
-                lines.append(
-                    f"    saddle: distance {float(p.saddle.distance):.2e}, loss {float(p.saddle.loss):.6g}, ‖∇L‖ "
-                    f"{float(p.saddle.gradient_norm):.1e}, Hessian from {float(p.saddle.lowest_eigenvalue):.3g} to "
-                    f"{float(p.saddle.highest_eigenvalue):.3g}"
-                )
+                lines.append(f"    {p.saddle}")
         if self.known_roughly:
             lines.append(
                 "  At kinks late ends are known to some per cent only: pass check=, this flow at another rtol."
@@ -141,7 +148,10 @@ def plateaus(
     """
     if flow.losses.ndim != 1:
         raise _check.fail(
-            "flow", "be a single one", f"a batch of shape {flow.losses.shape[:-1]}", "Take one lane with jax.tree.map."
+            "flow",
+            "be a single one",
+            f"a batch of shape {flow.losses.shape[:-1]}",
+            "Take one lane: jax.tree.map(lambda a: a[0], flow).",
         )
     if flow.singular_values is None:
         raise _check.fail("flow", "have kept its singular values", "run with Save(singular_values=False)")

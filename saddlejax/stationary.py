@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from . import _check
 from .flow.krylov import KrylovProblem
@@ -15,13 +15,15 @@ from .tasks.task import Task, check_fits, match_precision, task_loss
 KRYLOV_SIZE = 48
 RELAXED, TIGHTENED = 0.1, 10.0
 SOLVED = 1e-3
+CONVERGED = 1e-3
 
 
 class StationaryPoint(eqx.Module):
     """A point near which `∇𝓛` vanishes.
 
     - `net`: the network there.
-    - `loss`, `gradient_norm`: `𝓛` and what is left of `‖∇𝓛‖`.
+    - `loss`, `gradient_norm`: `𝓛` and what is left of `‖∇𝓛‖`; `converged`: whether that is less than a thousandth of what
+      it was where the search began. Where not, there is no stationary point that the search could reach.
     - `distance`: how far it is from where the search began, `‖θ − θ_0‖`.
     - `lowest_eigenvalue`, `highest_eigenvalue`: of the Hessian, from a Krylov space of 48 vectors, so that the true ones
       lie further out if anywhere. A strict saddle has a negative one.
@@ -31,11 +33,20 @@ class StationaryPoint(eqx.Module):
     net: AbstractNetwork
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    converged: Bool[Array, ""]
     distance: Float[Array, ""]
     lowest_eigenvalue: Float[Array, ""]
     highest_eigenvalue: Float[Array, ""]
     iterations: Int[Array, ""]
     hessian_vector_products: Int[Array, ""]
+
+    def __str__(self) -> str:
+        found = "stationary point" if self.converged else "no stationary point reached: best"
+        return (
+            f"{found} at distance {float(self.distance):.2e}, loss {float(self.loss):.8g}, ‖∇L‖ "
+            f"{float(self.gradient_norm):.1e}, Hessian from {float(self.lowest_eigenvalue):.4g} to "
+            f"{float(self.highest_eigenvalue):.4g}"
+        )
 
 
 def nearby_stationary_point(net: AbstractNetwork, task: Task, *, max_iterations: int = 60) -> StationaryPoint:
@@ -106,6 +117,7 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
         net=end,
         loss=task_loss(end, task),
         gradient_norm=safe_norm(gradient),
+        converged=safe_norm(gradient) <= CONVERGED * first,
         distance=safe_norm(point - start),
         lowest_eigenvalue=lowest,
         highest_eigenvalue=highest,

@@ -154,11 +154,16 @@ def test_saddles_are_found_from_their_plateaus():
         saddle = plateau.saddle
         assert float(saddle.loss) == pytest.approx(loss, rel=1e-9)
         assert float(saddle.gradient_norm) < 1e-6 * plateau.gradient_norm
-        assert float(saddle.distance) < 0.1
+        assert saddle.converged and float(saddle.distance) < 0.1
         assert float(saddle.lowest_eigenvalue) < 0 < float(saddle.highest_eigenvalue)
     # λ_max at the saddle with the mode s learned, all layers equal: L s^{2 − 2/L}.
     assert float(found[1].saddle.highest_eigenvalue) == pytest.approx(4 * 4**1.5, rel=1e-3)
-    assert "saddle" in str(found) and "10.625" in str(found)
+    assert "stationary point" in str(found) and "10.625" in str(found)
+    assert found[0].start == 0 and found[1].start == pytest.approx(found[0].end) == pytest.approx(
+        np.exp(found[0].log_end)
+    )
+    hasty = sj.nearby_stationary_point(sj.scale_layers(LINEAR, 0.5), TASK, max_iterations=1)
+    assert not hasty.converged and "no stationary point" in str(hasty)
 
 
 def test_minimum_ends_as_stationary():
@@ -213,6 +218,8 @@ def test_batches_precision_and_derivatives():
         jax.grad(lambda scale: run(scale).losses[-1])(scales[0])
     with pytest.raises(ValueError, match="solver must be left alone"):
         sj.gradient_flow(net, task, stiff=True, solver=dfx.Tsit5())
+    with pytest.raises(ValueError, match="save must be"):
+        sj.gradient_flow(net, task, save=True)
     with pytest.raises(ValueError, match="flow must be a single one"):
         batch.plateaus()
     bare = eqx.tree_at(lambda f: f.weights, double, None, is_leaf=lambda leaf: leaf is None)

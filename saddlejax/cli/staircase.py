@@ -88,6 +88,8 @@ def staircase(
         fail(error)
     console.print(str(flow), highlight=False)
     console.print(_plateau_table(found))
+    if polish:
+        console.print(_saddle_table(found))
     numbers, figure = out / "staircase.json", out / "staircase.png"
     numbers.write_text(json.dumps(found.record(), indent=2))
     canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
@@ -97,35 +99,40 @@ def staircase(
     console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _plateau_table(found: Plateaus) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="Plateaus", title_justify="left", pad_edge=False)
-    for heading in (
-        "until t",
-        "loss",
-        "‖∇L‖",
-        "ranks",
-        "stable ranks",
-        "bottleneck",
-        "distance",
-        "λ min",
-        "λ max",
-        "±log t",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for p in found:
+    table = _table("Plateaus", "", "until t", "loss", "‖∇L‖", "ranks of layers", "bottleneck rank", "± log t")
+    for number, p in enumerate(found):
         low, high = p.bottleneck_rank
-        saddle = ["", "", ""]
-        if p.saddle is not None:
-            ends = (p.saddle.distance, p.saddle.lowest_eigenvalue, p.saddle.highest_eigenvalue)
-            saddle = [f"{float(value):.2g}" for value in ends]
         table.add_row(
+            str(number),
             power_of_ten(p.log_end, 3),
             f"{p.loss:.5g}",
             f"{p.gradient_norm:.0e}",
             " ".join(map(str, p.ranks)),
-            " ".join(f"{r:.1f}" for r in p.stable_ranks),
             str(low) if low == high else f"{low} to {high}",
-            *saddle,
             "" if p.log_end_error is None else f"{abs(p.log_end_error):.0e}",
         )
+    return table
+
+
+def _saddle_table(found: Plateaus) -> Table:
+    table = _table("Stationary points near them", "", "loss", "distance", "‖∇L‖", "λ min", "λ max", "")
+    for number, p in enumerate(found):
+        if p.saddle is not None:
+            table.add_row(
+                str(number),
+                f"{float(p.saddle.loss):.6g}",
+                f"{float(p.saddle.distance):.2g}",
+                f"{float(p.saddle.gradient_norm):.0e}",
+                f"{float(p.saddle.lowest_eigenvalue):.3g}",
+                f"{float(p.saddle.highest_eigenvalue):.4g}",
+                "" if p.saddle.converged else "not converged",
+            )
     return table

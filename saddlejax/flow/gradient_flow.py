@@ -78,6 +78,8 @@ def gradient_flow(
         until = Escape()
     if not isinstance(until, AbstractUntil):
         raise _check.fail("until", "be saddlejax.Escape(), Time(t) or Loss(value)", repr(until))
+    if not isinstance(save, Save | None):
+        raise _check.fail("save", "be saddlejax.Save(...), such as Save(weights=True)", repr(save))
     _check.whole_number("max_steps", max_steps)
     kinked = net.depth > 1 and slope_jumps_at_zero(net.activation)
     if rtol is None:
