@@ -1,6 +1,6 @@
 """Benchmarks run at a tiny size, and their results can be put into the documentation.
 
-Left out are those that are nearly all compilation of what other tests run: `directions_along_flow`, `exponents`; and `sweep`.
+Left out are those that are nearly all compilation: `directions_along_flow`, `exponents`, `predictions`, `start_up`, `sweep`.
 """
 
 import importlib
@@ -16,9 +16,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = (
     "directions",
     "plateau",
-    "predictions",
     "staircase",
-    "start_up",
     "work_precision",
 )
 

@@ -52,7 +52,7 @@ def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
 
 def test_staircase_writes_a_table_a_figure_and_the_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ("staircase", "--depth", "2", "--width", "4", "--no-polish"))
+    done = CliRunner().invoke(app, ("staircase", "--depth", "2", "--width", "4", "--scale", "1e-4", "--no-polish"))
     assert done.exit_code == 0, done.output
     kept = json.loads((tmp_path / "saddlejax-staircase" / "staircase.json").read_text())
     np.testing.assert_allclose([p["loss"] for p in kept], [10.625, 2.625, 0.625, 0.125], rtol=1e-2)

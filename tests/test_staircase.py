@@ -194,10 +194,9 @@ def test_flat_valleys_end_with_an_outcome():
     flow = sj.gradient_flow(net, classes, sj.Loss(-1.0), stiff=True, max_steps=300)
     assert flow.status in (sj.Status.step_limit, sj.Status.stationary)
     assert np.all(np.diff(flow.losses) <= 1e-12) and float(flow.losses[-1]) < 1e-3
-    far = sj.scale_layers(net, 1e4)
-    flow = sj.gradient_flow(far, sj.Task(x, jnp.ones((4, 2))), sj.Loss(1e-30), stiff=True, max_steps=300)
-    assert flow.status != sj.Status.loss_reached and int(flow.stats["steps"]) <= 300
-    assert np.all(np.isfinite(flow.losses))
+    saturated = sj.gradient_flow(sj.scale_layers(net, 1e4), classes, sj.Loss(-1.0), stiff=True, max_steps=300)
+    assert saturated.status in (sj.Status.step_limit, sj.Status.stationary, sj.Status.non_finite)
+    assert np.all(np.isfinite(saturated.losses)) and np.all(np.diff(saturated.losses) <= 1e-9)
 
 
 def test_batches_precision_and_derivatives():
