@@ -206,36 +206,44 @@ def escape_time(net: sj.MLP, task: sj.Task) -> tuple[jax.Array, jax.Array]:
 
 
 def optax_descent(problem: Problem) -> Run:
-    """`lax.scan` over as many steps as a tenth of those expected, up to a thousand, until the loss is low enough."""
-    optimiser = optax.sgd(problem.rate)
+    """`lax.scan` over as many steps as a tenth of those expected, up to a thousand, until the loss is low enough.
+
+    Where the rate, found at a larger scale, diverges at the escape, the next smaller one is taken.
+    """
     chunk = int(np.clip(problem.time / problem.rate / 10, 1, 1000))
 
-    def step(carry, _):
-        net, state = carry
-        value, slopes = jax.value_and_grad(lambda w: task_loss(net.with_weights(w), problem.task))(net.weights)
-        updates, state = optimiser.update(slopes, state)
-        return (net.with_weights(optax.apply_updates(net.weights, updates)), state), value
+    def descend(net, rate):
+        optimiser = optax.sgd(rate)
 
-    def descend(net):
+        def step(carry, _):
+            net, state = carry
+            value, slopes = jax.value_and_grad(lambda w: task_loss(net.with_weights(w), problem.task))(net.weights)
+            updates, state = optimiser.update(slopes, state)
+            return (net.with_weights(optax.apply_updates(net.weights, updates)), state), value
+
         def turn(carry):
             inner, steps, losses = carry
             inner, following = jax.lax.scan(step, inner, length=chunk)
             return inner, steps + chunk, jnp.append(losses[-1], following)
 
         start = (net, optimiser.init(net.weights)), 0, jnp.full(chunk + 1, jnp.inf)
-        most = 2 * problem.time / problem.rate + 1000
-        return jax.lax.while_loop(lambda carry: (carry[2][-1] > problem.half) & (carry[1] < most), turn, start)[1:]
+        most = 2 * problem.time / rate + 1000
+        return jax.lax.while_loop(lambda carry: jnp.all(carry[2] > problem.half) & (carry[1] < most), turn, start)[1:]
 
-    run, compilation = common.compiled(descend, problem.net)
-    (steps, losses), seconds = common.timed(lambda: run(problem.net))
-    # The losses before and after every step of the last chunk; the first of them is that before it.
-    losses = np.asarray(losses)
-    if not np.any(losses <= problem.half):
-        return Run(np.nan, int(steps), seconds, compilation)
+    run, compilation = common.compiled(descend, problem.net, jnp.asarray(problem.rate))
+    for factor in STABLE_FACTORS:
+        rate = jnp.asarray(problem.rate * factor / STABLE_FACTORS[0])
+        # The losses before and after every step of the last chunk; the first of them is that before it.
+        steps, losses = (np.asarray(found) for found in run(problem.net, rate))
+        if np.any(losses <= problem.half):
+            break
+    else:
+        return Run(np.nan, int(steps), np.nan, compilation)
+    _, seconds = common.timed(lambda: run(problem.net, rate))
     below = int(np.argmax(losses <= problem.half))
     part = float((losses[below - 1] - problem.half) / (losses[below - 1] - losses[below]))
     whole = int(steps) - chunk + below - 2  # steps to the last loss above
-    return Run(problem.rate * (whole + part), whole + 2, seconds, compilation)
+    return Run(float(rate) * (whole + part), whole + 2, seconds, compilation)
 
 
 def torch_descent(problem: Problem) -> Run:
