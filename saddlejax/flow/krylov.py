@@ -107,7 +107,7 @@ class KrylovProblem:
     Lanczos with one pass of reorthogonalisation. The error after `m` vectors is estimated by its leading term
     `‖v‖ t_{m+1,m} [r(T)]_{m,1} v_{m+1}` (Saad, SIAM J. Numer. Anal. 29, 1992), where `r(z)` is the `remainder`
     `(g(z) − g(0))/z` of the function, and compared with the `tolerance` in the norm `measure`. At most `size` vectors
-    are spent; what is then left is returned as an error and not hidden.
+    are spent, rounded up to a multiple of four; what is then left is returned as an error and not hidden.
     """
 
     product: Callable[[Float[Array, " n"]], Float[Array, " n"]]
