@@ -1,6 +1,6 @@
 """What do escape directions cost, against Adam, L-BFGS and Riemannian gradient descent? Does a fourth layer ever help?
 
-    python benchmarks/directions.py [--starts 8] [--samples 600] [--problems 8]
+    python benchmarks/directions.py [--starts 8] [--samples 1797] [--problems 8]
 
 1. Work: gradient evaluations to a plain residual of 1e-3 on digits (ReLU, width 24), from the same random starts, on `−log s`:
    this library's ascent, SciPy's L-BFGS-B, optax's Adam, and Riemannian gradient descent on the product of spheres with
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, "directions")
     parser.add_argument("--starts", type=int, default=8, help="random starts for each depth")
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 8])
-    parser.add_argument("--samples", type=int, default=600, help="digits, of 1797")
+    parser.add_argument("--samples", type=int, default=1797, help="digits, of 1797")
     parser.add_argument("--width", type=int, default=24)
     parser.add_argument(
         "--whole", action=argparse.BooleanOptionalAction, default=True, help="all of escape_direction too"

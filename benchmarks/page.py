@@ -50,12 +50,17 @@ def section(record: dict, figure: str | None = None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     words = (
-        f"*`{record['command']}` on {machine['date']}: {device}{machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}, {machine['dtype']}, Python {machine['python']}, {versions}.*"
+        f"*`{record['command']}` on {machine['date']}: {device}{machine['cpu']}, {plural(machine['cores'], 'core')}, "
+        f"{plural(machine['threads'], 'thread')}, {machine['dtype']}, Python {machine['python']}, {versions}.*"
     )
     image = [f"![{record['question']}]({figure})"] if figure else []
     parts = [*image, words, *(markdown(table) for table in record["tables"]), *record["notes"]]
     return "\n\n".join(parts) + "\n"
+
+
+def plural(count: int, name: str) -> str:
+    """A count with its noun."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def markdown(table: dict) -> str:

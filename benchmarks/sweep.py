@@ -1,11 +1,11 @@
 """What a sweep costs: lanes a second, against bare gradients and against what a user would do instead.
 
-    python benchmarks/sweep.py [--seeds 4] [--repeats 3]
+    python benchmarks/sweep.py [--seeds 4] [--samples 100 1000] [--repeats 5]
 
-On one mixed grid (depths 2–6, init scales 1e-1 … 1e-5, tanh, width 32, 100 samples, float64), everything compiled before:
+On one mixed grid (depths 2–6, init scales 1e-1 … 1e-5, tanh, width 32, float64), everything compiled before:
 
 - `sweep`, on all cores; then on one core and so on, with fewer lanes, and how busy the slots of a refilled batch are;
-- the bare gradients it spent: as many evaluations of a compiled `jax.grad` of each depth, on as many threads;
+- the bare gradients it spent: as many evaluations of a compiled `jax.grad` of each depth, on as many threads, on data of every size;
 - the machine's matrix-product rate, and the share of it that the gradients of the sweep come to;
 - plain `vmap(diffeqsolve)` of `dθ/dt = −∇𝓛`, Tsit5 with rtol 1e-4, atol 1e-6 and an event at the escape, and a Python loop
   over the same;
@@ -41,7 +41,7 @@ from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)
 
-SAMPLES, INPUTS, WIDTH, DEPTHS = 100, 10, 32, (2, 3, 4, 5, 6)
+INPUTS, WIDTH, DEPTHS = 10, 32, (2, 3, 4, 5, 6)
 SCALES = tuple(float(f"{s:.3g}") for s in np.geomspace(1e-1, 1e-5, 5))
 HALF = sj.Escape(loss_fraction=0.5)
 MOST_STEPS = 4096  # the default of diffrax
@@ -53,21 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.parser(__doc__, "sweep")
     options.set_defaults(threads=len(common.CORES))
     options.add_argument("--seeds", type=int, default=4, help="25 lanes each")
+    options.add_argument(
+        "--samples",
+        type=int,
+        nargs="+",
+        default=[100, 1000],
+        help="sizes of the data; the first one for the rivals too",
+    )
     options.add_argument("--rival-seeds", type=int, default=1)
-    options.add_argument("--repeats", type=int, default=3, help="of the sweep and of the bare gradients, in turns")
+    options.add_argument("--repeats", type=int, default=5, help="of the sweep and of the bare gradients, in turns")
     options.add_argument("--cores", type=int, help="time the sweep alone on so many cores, and print lanes a second")
-    options = common.parse(options, arguments, {"seeds": 1, "repeats": 1})
+    options = common.parse(options, arguments, {"seeds": 1, "repeats": 1, "samples": [20]})
     if options.cores:
         os.sched_setaffinity(0, set(common.CORES[: options.cores]))
-        print(json.dumps(scaling(options.seeds)))
+        print(json.dumps(scaling(options.seeds, options.samples[0])))
         return
     tables, numbers, notes = throughput(options)
     common.save(options, tables, numbers, figure(numbers), notes)
 
 
-def problem() -> sj.Task:
+def problem(samples: int) -> sj.Task:
     """A single-index teacher of ten inputs."""
-    return sj.tasks.single_index(jnp.tanh, in_size=INPUTS, samples=SAMPLES, key=jax.random.key(1))
+    return sj.tasks.single_index(jnp.tanh, in_size=INPUTS, samples=samples, key=jax.random.key(1))
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -77,19 +84,17 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[str, Any], list[str]]:
-    task, cores = problem(), available_cores()
-    first = seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values)
-    results = sj.sweep(task, **GRID, seed=range(options.seeds))
-    bare, products = bare_gradients(task, results), product_rate(cores)
-    times = [(seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values), seconds(bare))]
-    times += [
-        (seconds(lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values), seconds(bare))
-        for _ in range(options.repeats - 1)
-    ]
-    ours, gradients = (float(np.median(column)) for column in zip(*times, strict=True))
+    cores = available_cores()
+    products = product_rate(cores)
+    sizes = {samples: against_bare(problem(samples), options, products) for samples in options.samples}
+    task = problem(options.samples[0])
+    ours = sizes[options.samples[0]]
+    results = ours.pop("results")
+    for other in list(sizes.values())[1:]:
+        del other["results"]
     lanes = results.status.size
-    rows = {"sweep": {"lanes": lanes, "seconds": ours, "right": int((results.status == "escaped").sum())}}
-    rows["bare gradients"] = {"lanes": lanes, "seconds": gradients, "right": None}
+    rows = {"sweep": {"lanes": lanes, "seconds": ours["sweep"], "right": int((results.status == "escaped").sum())}}
+    rows["bare gradients"] = {"lanes": lanes, "seconds": ours["bare"], "right": None}
     seeds = range(options.rival_seeds)
     for name, rival in (
         ("vmap(diffeqsolve)", batched),
@@ -104,22 +109,42 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
         right = "" if row["right"] is None else f"{row['right']} of {row['lanes']}"
         factor = rows["sweep"]["rate"] / row["rate"]
         table.append((name, str(row["lanes"]), f"{row['seconds']:.2f}", f"{row['rate']:.1f}", f"{factor:.2f}", right))
-    share, busy, on_cores = flops(results) / ours / products, busy_share(task), {}
+    busy, on_cores = busy_share(task), {}
     for count in sorted({1, cores}):
         command = [sys.executable, __file__, "--cores", str(count), "--seeds", str(options.seeds)]
+        command += ["--samples", str(options.samples[0])]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         on_cores[count] = json.loads(found.stdout.splitlines()[-1])
-    ratios = ", ".join(f"{a / b:.2f}" for a, b in times)
     notes = [
-        f"Sweep / bare gradients: {ours / gradients:.2f} (repeats: {ratios}). First call, with compilation: {first:.1f} s.",
-        f"Matrix products: {products / 1e9:.0f} Gflop/s, of which the gradients of the sweep come to {share:.0%}.",
-        f"Slots of a refilled batch of 8 that work on a lane: {busy:.0%}.",
+        f"Matrix products: {products / 1e9:.0f} Gflop/s on {cores} cores. Slots of a refilled batch of 8 that work on a lane: {busy:.0%}."
     ]
     tables = [
         common.Table(
-            f"Flows of depths 2 to 6 on {cores} cores",
+            f"Flows of depths 2 to 6 on {cores} cores, {options.samples[0]} samples",
             ("", "lanes", "seconds", "lanes a second", "sweep is faster by", "escape times within 1 %"),
             table,
+        ),
+        common.Table(
+            "Against the gradients it spends",
+            (
+                "samples",
+                "first call (s)",
+                "sweep (s)",
+                "bare gradients (s)",
+                "sweep / bare, median (repeats)",
+                "share of the rate of matrix products",
+            ),
+            [
+                (
+                    str(samples),
+                    f"{row['first']:.1f}",
+                    f"{row['sweep']:.2f}",
+                    f"{row['bare']:.2f}",
+                    f"{row['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in row['ratios'])})",
+                    f"{row['share']:.0%}",
+                )
+                for samples, row in sizes.items()
+            ],
         ),
         common.Table(
             "Lanes a second of the sweep",
@@ -127,7 +152,10 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
             [(str(count), *(f"{rate:.1f}" for rate in rates.values())) for count, rates in on_cores.items()],
         ),
     ]
-    numbers = {"cores": cores, "rows": rows, "first": first, "times": times, "share_of_products": share} | {
+    numbers = {
+        "cores": cores,
+        "rows": rows,
+        "sizes": sizes,
         "product_rate": products,
         "busy": busy,
         "on_cores": on_cores,
@@ -135,9 +163,29 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
     return tables, numbers, notes
 
 
-def scaling(seeds: int) -> dict[int, float]:
+def against_bare(task: sj.Task, options: argparse.Namespace, products: float) -> dict[str, Any]:
+    """The sweep and the gradients it spent, in turns; the first call, which compiles, apart."""
+    run = lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values  # noqa: E731
+    first = seconds(run)
+    results = sj.sweep(task, **GRID, seed=range(options.seeds))
+    bare = bare_gradients(task, results)
+    times = [(seconds(run), seconds(bare)) for _ in range(options.repeats)]
+    ours, gradients = (float(np.median(column)) for column in zip(*times, strict=True))
+    ratios = [a / b for a, b in times]
+    return {
+        "results": results,
+        "first": first,
+        "sweep": ours,
+        "bare": gradients,
+        "ratios": ratios,
+        "ratio": float(np.median(ratios)),
+        "share": flops(task, results) / ours / products,
+    }
+
+
+def scaling(seeds: int, samples: int) -> dict[int, float]:
     """Lanes a second for one seed, and for all of them."""
-    task, rates = problem(), {}
+    task, rates = problem(samples), {}
     for count in sorted({1, seeds}):
         run = lambda count=count: sj.sweep(task, **GRID, seed=range(count)).steps.values  # noqa: E731
         run()
@@ -175,12 +223,12 @@ def bare_gradients(task: sj.Task, results: xr.Dataset) -> Callable[[], Any]:
     return run
 
 
-def flops(results: xr.Dataset) -> float:
+def flops(task: sj.Task, results: xr.Dataset) -> float:
     """Of the matrix products in the gradients of a sweep: three for each layer, two for the first."""
     total = 0.0
     for depth in DEPTHS:
         sizes = [INPUTS, *[WIDTH] * (depth - 1), 1]
-        layers = [2 * SAMPLES * a * b for a, b in zip(sizes[1:], sizes[:-1], strict=True)]
+        layers = [2 * task.samples * a * b for a, b in zip(sizes[1:], sizes[:-1], strict=True)]
         lanes = results.sel(depth=depth)
         count = float((lanes.gradient_evaluations + 2 * lanes.hessian_vector_products).sum())
         total += count * (3 * sum(layers) - layers[0])

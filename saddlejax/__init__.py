@@ -1,9 +1,11 @@
 """saddlejax: how deep networks leave the plateaus of training from small weights."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from . import (
     law as law,
     manifold as manifold,
-    plot as plot,
     saddle as saddle,
     staircase as staircase,
     tasks as tasks,
@@ -49,3 +51,17 @@ from .stationary import StationaryPoint as StationaryPoint, nearby_stationary_po
 from .sweep import sweep as sweep
 from .tasks import Task as Task
 from .universality import collapse as collapse
+
+if TYPE_CHECKING:
+    from . import plot as plot
+
+
+def __getattr__(name: str) -> object:
+    """`saddlejax.plot` on its first use: Matplotlib takes long to import."""
+    if name == "plot":
+        return importlib.import_module(".plot", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "plot"})

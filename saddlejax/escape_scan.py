@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jaxtyping import Array, Float
 
 from . import _check
@@ -18,6 +18,9 @@ from .flow import Flow, Save, Status, gradient_flow
 from .hessian import sharpness
 from .networks import MLP
 from .tasks.task import Task
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 MEASURES = {
     "log_escape_time": "natural logarithm of the escape time, in units of dθ/dt = −∇𝓛",
@@ -40,7 +43,7 @@ def escape_scan(
     scale: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     seed: Sequence[int] = (0, 1, 2),
     on_lane: Callable[[], None] = lambda: None,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """Escape times, and their local exponents, of He-normal networks with a bottleneck of small layers.
 
     Each network has `depth` weight matrices and hidden layers of one `width`; the first `r` layers (`bottleneck`) are
@@ -91,6 +94,8 @@ def escape_scan(
     dims = ("activation", "bottleneck", "scale", "seed")
     coordinates = dict(zip(dims, (names, list(bottleneck), list(scale), list(seed)), strict=True))
     data = {name: (dims, measures[name], {"long_name": meaning}) for name, meaning in MEASURES.items()}
+    import xarray as xr  # here, since it takes long
+
     return xr.Dataset(
         {**data, "status": (dims, status.astype(str))},
         coords={**coordinates, "depth": depth, "width": width},

@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Float
-from scipy.optimize import root_scalar
 
 from . import _check
 from .activations import Activation
@@ -263,7 +263,8 @@ def scale_for_steps(
         )
         raise _check.fail("steps", reach, steps, remedy)
     bounded = lambda log_factor: max(excess(log_factor), -50.0)  # noqa: E731
-    return float(np.exp(root_scalar(bounded, bracket=sorted((0.0, other)), xtol=TOLERANCE, method="brentq").root))
+    ends = sorted((0.0, other))
+    return float(np.exp(scipy.optimize.root_scalar(bounded, bracket=ends, xtol=TOLERANCE, method="brentq").root))
 
 
 def bottleneck_for_steps(net: AbstractNetwork, task: Task, scale: float, steps: float, learning_rate: float) -> int:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.interpolate import CubicHermiteSpline
+import scipy
 
 from . import _check
 from .activation_classes import slope_jumps_at_zero
@@ -268,7 +268,7 @@ def crossing_log_time(flow: Flow, level: float) -> float:
     times, slopes = np.asarray(flow.times)[rows], -np.square(np.asarray(flow.gradient_norms)[rows])
     if not times[1] > times[0]:
         return float(np.log(times[1]))
-    curve = CubicHermiteSpline(times, losses[rows] - level, slopes)
+    curve = scipy.interpolate.CubicHermiteSpline(times, losses[rows] - level, slopes)
     roots = [time for time in curve.roots(extrapolate=False) if times[0] <= time <= times[1]]
     return float(np.log(roots[0] if roots else times[1]))
 

@@ -1,17 +1,20 @@
 """Universality: the escape times of all activations collapse after multiplication by a prefactor."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 
 from . import _check
 from .activation_classes import classify_activation
 from .activations import Activation, activation_name, resolve_activation
 from .flow import Escape, Save, Status, gradient_flow
 from .manifold import chain
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SMOOTH_NAMES = ("tanh", "erf", "sin", "arctan", "gelu", "gelu_tanh", "silu", "mish", "softsign", "elu", "celu")
 
@@ -22,7 +25,7 @@ def collapse(
     *,
     depth: int = 4,
     width: int = 50,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """Escape times on the symmetric submanifold, raw and multiplied by the prefactor of their activation.
 
     Near the origin a network with gain `α = σ'(0)` is the linear one times `α^{L−1}`, so that all escape times agree
@@ -54,6 +57,8 @@ def collapse(
             log_times[a, e], status[a, e] = float(flow.log_escape_time), Status[flow.status]
     prefactor = np.abs([found.gain for found in classes], dtype=float) ** (depth - 1)
     names = [activation_name(function) for function in functions]
+    import xarray as xr  # here, since it takes long
+
     return xr.Dataset(
         {
             "log_escape_time": (("activation", "scale"), log_times),

@@ -6,12 +6,14 @@ a folder, made for the run and deleted with it. It finds them by their contents,
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are as many as the cores
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FAST} {os.environ.get('XLA_FLAGS', '')}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
     _programs = tempfile.mkdtemp(prefix="saddlejax-tests-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
@@ -22,6 +24,7 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that live
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,3 +32,4 @@ def _forget_what_was_compiled():
     """Every compiled function maps memory, of which Linux lets a process have a limited number of pieces."""
     yield
     jax.clear_caches()
+    gc.collect()

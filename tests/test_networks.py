@@ -97,7 +97,7 @@ def test_bad_networks_are_refused(call, words):
 )
 def test_activations_are_what_their_names_say(name, formula):
     z = np.linspace(-7, 7, 29)
-    np.testing.assert_allclose(sj.ACTIVATIONS[name](jnp.asarray(z)), formula(z), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(sj.ACTIVATIONS[name](jnp.asarray(z)), formula(z), rtol=1e-12, atol=1e-14)
 
 
 def test_every_name_has_been_checked_above():

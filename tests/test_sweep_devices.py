@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("device_sweep.py")
 
 
 def begin(*arguments, devices=1):
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True)

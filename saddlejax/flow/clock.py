@@ -107,7 +107,7 @@ def motion(net: AbstractNetwork, task: Task, coordinates: Coordinates) -> Motion
     tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
     velocity = -tau * relative
     growth = unit_rates(coordinates, velocity)
-    turning = velocity - shapes.scale(growth, coordinates.joined)
+    turning = shapes.map(lambda rate, v, direction: v - rate * direction, growth, velocity, coordinates.joined)
     drift = jnp.stack([jnp.sum(rate) for rate in here.neuron_rates]) if here.neuron_rates else jnp.zeros(0, tau.dtype)
     log_rate = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
     return Motion(Coordinates(turning, growth, shapes), drift * tau, here.loss, log_rate)

@@ -250,8 +250,7 @@ def _integrate(
 
 def _condition_at(params: tuple, s: Array) -> Array:
     until, field, interpolation = params
-    state = interpolation.evaluate(s)
-    return until.condition(field, state, field(s, state, None))
+    return until.condition(field, interpolation.evaluate(s))
 
 
 def _locate(

@@ -1,7 +1,7 @@
 """The matrices of all layers in one vector: a step of the flow is then a few passes over it, not a few per layer."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -27,9 +27,14 @@ class LayerShapes(NamedTuple):
         """The inner product of two vectors, layer by layer."""
         return jnp.concatenate([jnp.sum(part, axis=1) for _, part in self._parts(a * b)])
 
-    def scale(self, factors: Float[Array, " layers"], joined: Float[Array, " weights"]) -> Float[Array, " weights"]:
-        """Every layer of a vector times a number of its own."""
-        return jnp.concatenate([(factors[layers, None] * part).reshape(-1) for layers, part in self._parts(joined)])
+    def map(
+        self, function: Callable[..., Array], factors: Float[Array, " layers"], *joined: Float[Array, " weights"]
+    ) -> Float[Array, " weights"]:
+        """An elementwise function of a number for each layer and of the entries of vectors, `function(factor, *entries)`."""
+        parts = zip(*[self._parts(vector) for vector in joined], strict=True)
+        return jnp.concatenate(
+            [function(factors[run[0][0], None], *(part for _, part in run)).reshape(-1) for run in parts]
+        )
 
     def _parts(self, joined: Array, most: int | None = None) -> Iterator[tuple[slice, Array]]:
         """Runs of at most so many layers of one shape: which ones, and their entries, a row each."""

@@ -8,7 +8,6 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -17,8 +16,8 @@ from ..networks import Weights, safe_norm
 from ..tasks.task import task_loss
 from .clock import FlowState, PlateauField
 from .coordinates import to_coordinates
+from .explicit_step import explicit_step
 from .exponential import ExponentialInterpolation, ExponentialRosenbrock
-from .stepping import relative_errors
 
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
@@ -93,8 +92,8 @@ class AbstractMethod(eqx.Module):
         """The method in words."""
 
 
-class ExplicitStep(NamedTuple):
-    """A step of an explicit solver: the states at its ends, and its length times the rate at every stage."""
+class Passed(NamedTuple):
+    """What an explicit solver interpolates a step from: the states at its ends and the moves of its stages."""
 
     before: FlowState
     after: FlowState
@@ -118,30 +117,12 @@ class Explicit(AbstractMethod):
         self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
     ) -> Attempt:
         del s, dense
-        tableau = self.solver.tableau
-        assert isinstance(tableau, dfx.ButcherTableau)
-        stages = tableau.num_stages
-        y0, to_state = ravel_pytree(state)
-        lower = np.zeros((stages, stages))
-        for number, row in enumerate(tableau.a_lower, start=1):
-            lower[number, :number] = row
-        weights, error_weights = jnp.asarray(lower, y0.dtype), jnp.asarray(tableau.b_error, y0.dtype)
-
-        def stage(number: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            moves, _ = carry
-            y = y0 + jnp.matmul(weights[number], moves, precision="highest")
-            return moves.at[number].set(size * ravel_pytree(field(0.0, to_state(y), None))[0]), y
-
-        # The rate at the end of a step is kept, so that the next one starts from it and the loss and the curvature at
-        # the end of a step come without another gradient.
-        moves = jnp.zeros((stages, y0.size), y0.dtype).at[0].set(size * ravel_pytree(rate)[0])
-        moves, y1 = jax.lax.fori_loop(1, stages, stage, (moves, y0))
-        error = to_state(jnp.matmul(error_weights, moves, precision="highest"))
-        after, new_rate = to_state(y1), to_state(moves[-1] * (1 / size))
-        relative, of_time = jax.lax.stop_gradient(relative_errors(error, after))
-        step = ExplicitStep(state, after, moves)
-        count = jnp.asarray(stages - 1)
-        return Attempt(after, new_rate, relative, of_time, step, count, jnp.asarray(0), jnp.asarray(False))
+        step = explicit_step(field.net, field, self.solver, state, rate, size)
+        assert isinstance(self.solver.tableau, dfx.ButcherTableau)
+        count = jnp.asarray(self.solver.tableau.num_stages - 1)
+        passed = Passed(state, step.after, step.moves)
+        none, unsettled = jnp.asarray(0), jnp.asarray(False)
+        return Attempt(step.after, step.rate, step.error, step.time_error, passed, count, none, unsettled)
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         moves = jax.vmap(ravel_pytree(dense.before)[1])(dense.moves)

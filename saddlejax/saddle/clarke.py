@@ -8,7 +8,7 @@ can be chosen at those kinks for which the residual vanishes (Clarke, *Optimizat
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import lsq_linear
+import scipy
 
 from .pieces import Cell, Kinks, Matrices, Problem, flat, run
 
@@ -76,7 +76,7 @@ def stationarity(weights: Matrices, problem: Problem) -> Stationarity:
     for _ in range(5):  # the gradient is linear in the slopes of one layer, bilinear in those of two
         cell, miss = off(trial)
         effect = (cell.kink_values()[1][:, None] * cell.kink_jacobian() / abs(cell.energy)).T
-        trial = lsq_linear(effect, effect @ trial - miss, bounds=(low, high), tol=1e-14).x
+        trial = scipy.optimize.lsq_linear(effect, effect @ trial - miss, bounds=(low, high), tol=1e-14).x
         error = float(np.linalg.norm(off(trial)[1]))
         if error >= clarke:
             break

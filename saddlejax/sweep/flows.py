@@ -16,7 +16,7 @@ from .grid import Grid, argument_values
 from .lane import Common, Group, LaneValues, small_layers
 from .measures import Variable
 from .problem import AbstractProblem, Output, Point, blank
-from .programs import program, run_batch, slots_that_fit
+from .programs import one_lane, run_batch, run_in_turn, slots_that_fit
 
 SEEDS = (
     "lane of seed s, depth L: MLP([inputs, width, …, width, outputs], activation, key=jax.random.key(s), dtype=dtype) "
@@ -74,7 +74,7 @@ class FlowProblem(AbstractProblem):
 
     def _shapes(self, point: Point) -> dict[str, Any]:
         group, common = self.group(point)
-        return program(group).run.eval_shape(common, self.values(point, group))
+        return jax.eval_shape(one_lane(group), common, self.values(point, group))
 
     def _values(self, name: str) -> list[Any]:
         return argument_values(self.grid, self.fixed, name)
@@ -121,7 +121,7 @@ class FlowProblem(AbstractProblem):
         lanes = [self.values(arguments[lane], group) for lane in there]
         slots = self.batch or (1 if jax.default_backend() == "cpu" else slots_that_fit(group, common, lanes[0]))
         if slots == 1:
-            found = [jax.device_get(program(group)(common, lane)) for lane in lanes]
+            found: list[dict[str, Any]] = run_in_turn(group, common, lanes)
         else:
             # Flows from small scales take longest; those that begin last should not be the longest ones.
             order = sorted(range(len(lanes)), key=lambda lane: float(lanes[lane].scale))

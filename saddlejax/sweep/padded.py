@@ -1,16 +1,20 @@
 """Networks of several depths in one shape, so that one compilation serves them all."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from ..activations import Activation
-from ..flow.clock import Motion, motion
+from ..flow.clock import FlowState, Motion, PlateauField, motion
 from ..flow.coordinates import Coordinates
+from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
 from ..gradient import Gradient, gradient
 from ..networks import MLP, AbstractNetwork, Weights, predict
@@ -75,22 +79,83 @@ def _gradient(net: PaddedMLP, task: Task) -> Gradient:
 
 @motion.register
 def _motion(net: PaddedMLP, task: Task, coordinates: Coordinates) -> Motion:
-    shapes, no_drift = coordinates.shapes, jnp.zeros(net.depth - 1, task.x.dtype)
-
     def at(depth: int) -> Callable[[Coordinates], Motion]:
         def small_motion(all_layers: Coordinates) -> Motion:
-            there = LayerShapes(tuple(remove(shapes.shapes, depth)))
-            directions, units = all_layers.directions, list(all_layers.log_units)
-            small = Coordinates(there.join(remove(directions, depth)), jnp.stack(remove(units, depth)), there)
+            small = _without_missing(all_layers, depth)
             found = motion(MLP.from_weights(small.weights(), net.activation), task, small)
-            turning = pad(found.coordinates.directions, directions)
-            growth = pad(list(found.coordinates.log_units), units)
-            drift = pad(list(found.imbalance_drift), list(no_drift))
             return found._replace(
-                coordinates=Coordinates(shapes.join(turning), jnp.stack(growth), shapes),
-                imbalance_drift=jnp.stack(drift) if drift else no_drift,
+                coordinates=_with_missing(found.coordinates, all_layers.shapes),
+                imbalance_drift=_insert(found.imbalance_drift, depth - 1, net.depth - depth),
             )
 
         return small_motion
 
     return jax.lax.switch(net.which, [at(depth) for depth in net.depths], coordinates)
+
+
+@explicit_step.register
+def _explicit_step(
+    net: PaddedMLP,
+    field: PlateauField,
+    solver: dfx.AbstractERK,
+    state: FlowState,
+    rate: FlowState,
+    size: Float[Array, ""],
+) -> ExplicitStep:
+    # All stages of a step within one branch: their arithmetic, too, is that of the layers that are there.
+    def at(depth: int) -> Callable[[PlateauField, FlowState, FlowState, Array], ExplicitStep]:
+        def remove_missing(state: FlowState) -> FlowState:
+            coordinates = _without_missing(state.coordinates, depth)
+            return FlowState(coordinates, state.time, state.imbalance_drift[: depth - 1], state.loss_integral)
+
+        def pad_state(small: FlowState) -> FlowState:
+            coordinates = _with_missing(small.coordinates, state.coordinates.shapes)
+            drift = _insert(small.imbalance_drift, depth - 1, net.depth - depth)
+            return FlowState(coordinates, small.time, drift, small.loss_integral)
+
+        def small_step(field: PlateauField, state: FlowState, rate: FlowState, size: Array) -> ExplicitStep:
+            before = remove_missing(state)
+            small = MLP.from_weights(before.coordinates.weights(), net.activation)
+            field = PlateauField(small, field.task, field.log_time_unit)
+            step = explicit_step(small, field, solver, before, remove_missing(rate), size)
+            to_state = ravel_pytree(before)[1]
+            moves = jax.vmap(lambda move: ravel_pytree(pad_state(to_state(move)))[0])(step.moves)
+            return step._replace(after=pad_state(step.after), rate=pad_state(step.rate), moves=moves)
+
+        return small_step
+
+    return jax.lax.switch(net.which, [at(depth) for depth in net.depths], field, state, rate, size)
+
+
+def _without_missing(coordinates: Coordinates, depth: int) -> Coordinates:
+    """The coordinates of the layers that are there."""
+    shapes = coordinates.shapes.shapes
+    there = LayerShapes(tuple(remove(shapes, depth)))
+    last = math.prod(shapes[-1])
+    joined, units = coordinates.joined, coordinates.log_units
+    return Coordinates(
+        _cut(joined, _entries(there.shapes[:-1]), joined.size - last), _cut(units, depth - 1, units.size - 1), there
+    )
+
+
+def _with_missing(small: Coordinates, shapes: LayerShapes) -> Coordinates:
+    """Room in between for the layers that are not there; the shapes are those of all layers."""
+    first = small.shapes.shapes[:-1]
+    missing = len(shapes.shapes) - len(first) - 1
+    room = _entries(shapes.shapes) - small.joined.size
+    joined = _insert(small.joined, _entries(first), room)
+    return Coordinates(joined, _insert(small.log_units, len(first), missing), shapes)
+
+
+def _entries(shapes: Sequence[tuple[int, int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _cut(vector: Array, begin: int, end: int) -> Array:
+    """A vector without its entries from `begin` to `end`."""
+    return vector if begin == end else jnp.concatenate([vector[:begin], vector[end:]])
+
+
+def _insert(vector: Array, at: int, count: int) -> Array:
+    """A vector with so many zeros before entry `at`."""
+    return vector if count == 0 else jnp.concatenate([vector[:at], jnp.zeros(count, vector.dtype), vector[at:]])

@@ -1,4 +1,4 @@
-"""The compiled programs of a sweep: one lane, or a batch of lanes on an accelerator."""
+"""The compiled programs of a sweep: lanes one after another, or a batch of them on an accelerator."""
 
 import functools
 import threading
@@ -14,6 +14,7 @@ from .lane import Common, Group, LaneValues, flow_lane
 from .refill import Refilled, refilled_map
 from .split import split_at_loop
 
+IN_A_ROW = 8
 SHARE_OF_MEMORY = 0.5
 MOST_SLOTS = 2048
 
@@ -42,9 +43,37 @@ def current_device() -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def program(group: Group) -> Program:
-    """The program of one lane of a group, made once a process."""
-    return Program(functools.partial(flow_lane, group))
+def one_lane(group: Group) -> Any:
+    """The function of one lane of a group, `(common, lane) -> measurements`, traced once a process."""
+    return jax.jit(functools.partial(flow_lane, group))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(group: Group) -> Program:
+    """The program of up to `IN_A_ROW` lanes of a group, made once a process."""
+    measurements = one_lane(group)
+
+    def run(common: Common, lanes: LaneValues, count: Array) -> dict[str, Array]:
+        lane = lambda number: jax.tree.map(lambda a: a[number], lanes)  # noqa: E731
+
+        def compute(number: Array, results: dict[str, Array]) -> dict[str, Array]:
+            return jax.tree.map(lambda all, new: all.at[number].set(new), results, measurements(common, lane(number)))
+
+        shapes = jax.eval_shape(measurements, common, lane(0))
+        rooms = jax.tree.map(lambda a: jnp.zeros((IN_A_ROW, *a.shape), a.dtype), shapes)
+        return jax.lax.fori_loop(0, count, compute, rooms)
+
+    return Program(run)
+
+
+def run_in_turn(group: Group, common: Common, lanes: Sequence[LaneValues]) -> list[dict[str, np.ndarray]]:
+    """The measurements of lanes that share a depth, computed one after another, a few in every call of the program."""
+    found: list[dict[str, np.ndarray]] = []
+    for first in range(0, len(lanes), IN_A_ROW):
+        few = lanes[first : first + IN_A_ROW]
+        results = jax.device_get(_program(group)(common, _stacked(few, IN_A_ROW), np.asarray(len(few))))
+        found += _apart(results, len(few))
+    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,10 +93,18 @@ def run_batch(
 
     Blocks of fewer lanes than `room` run in the program of full ones.
     """
+    run = _batch_program(group, slots)
+    return _apart(jax.device_get(run(common, _stacked(lanes, room), np.asarray(len(lanes))).results), len(lanes))
+
+
+def _stacked(lanes: Sequence[LaneValues], room: int) -> LaneValues:
+    """The values of lanes with a leading axis, which the first one fills up."""
     filled = [*lanes, *[lanes[0]] * (room - len(lanes))]
-    stacked = jax.tree.map(lambda *values: np.stack(values), *filled)
-    found = jax.device_get(_batch_program(group, slots)(common, stacked, np.asarray(len(lanes))).results)
-    return [{name: value[lane] for name, value in found.items()} for lane in range(len(lanes))]
+    return jax.tree.map(lambda *values: np.stack(values), *filled)
+
+
+def _apart(results: dict[str, np.ndarray], lanes: int) -> list[dict[str, np.ndarray]]:
+    return [{name: value[lane] for name, value in results.items()} for lane in range(lanes)]
 
 
 def slots_that_fit(group: Group, common: Common, lane: LaneValues) -> int:

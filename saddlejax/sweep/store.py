@@ -1,48 +1,25 @@
-"""Where the results of a sweep go: to memory, or to a Zarr store on disk that survives any end of the program."""
+"""Results of a sweep in a Zarr store on disk, which survives any end of the program."""
 
 import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from .describe import differences, versions
-from .grid import Axis, Block, Grid, size
-from .problem import FAILED, AbstractProblem, blank, fill_value
+from .grid import Block, size
+from .problem import FAILED, AbstractProblem, fill_value
+from .results import STATUS, assemble, attributes_of, dims, labels, provenance
 
-STATUS = "status"
+if TYPE_CHECKING:
+    import xarray as xr
+
 SPECIFICATION = "saddlejax_sweep"
-
-
-class MemoryStore:
-    """Results kept in memory."""
-
-    def __init__(self, problem: AbstractProblem, block_shape: Sequence[int]):
-        self.block_shape = tuple(block_shape)
-        self.problem = problem
-        grid = problem.grid
-        values = blank(problem.outputs, grid.lanes)
-        self.values = {name: value.reshape(*grid.shape, *value.shape[1:]) for name, value in values.items()}
-
-    def missing(self) -> list[Block]:
-        """The blocks yet to compute."""
-        return list(self.problem.grid.blocks(self.block_shape))
-
-    def write(self, block: Block, values: dict[str, np.ndarray]) -> None:
-        """Keep the results of a block."""
-        for name, value in values.items():
-            self.values[name][block] = value.reshape(*size(block), *value.shape[1:])
-
-    def dataset(self) -> xr.Dataset:
-        """All results."""
-        return assemble(self.problem, self.values, provenance(self.problem))
 
 
 class ZarrStore:
@@ -81,15 +58,15 @@ class ZarrStore:
         attributes: dict[str, Any] = {**provenance(problem), SPECIFICATION: problem.specification()}
         group = zarr.create_group(path, attributes=attributes)
         for axis in grid.axes:
-            labels = _labels(axis)
+            names = labels(axis)
             array = group.create_array(
                 axis.name,
-                shape=labels.shape,
-                dtype=_storable(labels),
+                shape=names.shape,
+                dtype=_storable(names),
                 dimension_names=(axis.name,),
                 attributes={"long_name": axis.meaning},
             )
-            array[:] = labels
+            array[:] = names
         compressors = (ZstdCodec(level=3), Crc32cCodec())
         for name, output in problem.outputs.items():
             group.create_array(
@@ -99,8 +76,8 @@ class ZarrStore:
                 dtype=output.dtype,
                 fill_value=fill_value(output.dtype),
                 compressors=compressors,
-                dimension_names=_dims(grid, name, output.variable.dims, output.shape),
-                attributes=_attributes(output.variable),
+                dimension_names=dims(grid, name, output.variable.dims, output.shape),
+                attributes=attributes_of(output.variable),
             )
         group.create_array(
             STATUS,
@@ -189,41 +166,11 @@ class ZarrStore:
                 str(self.path),
             ) from error
 
-    def dataset(self) -> xr.Dataset:
+    def dataset(self) -> "xr.Dataset":
         """All results, loaded."""
         values = {name: np.asarray(array[...]) for name, array in self.arrays.items()}
         return assemble(self.problem, values, self.attributes)
 
 
-def assemble(problem: AbstractProblem, values: dict[str, np.ndarray], attributes: dict[str, Any]) -> xr.Dataset:
-    """The results as a dataset."""
-    grid = problem.grid
-    data = {
-        name: (_dims(grid, name, output.variable.dims, output.shape), values[name], _attributes(output.variable))
-        for name, output in problem.outputs.items()
-    }
-    words = np.asarray(values[STATUS].tolist(), dtype=str)
-    coordinates = {axis.name: (axis.name, _labels(axis), {"long_name": axis.meaning}) for axis in grid.axes}
-    return xr.Dataset({STATUS: (grid.dims, words, {"long_name": "outcome"}), **data}, coordinates, attrs=attributes)
-
-
-def provenance(problem: AbstractProblem) -> dict[str, str]:
-    """The attributes of the results."""
-    begun = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**problem.attributes(), **versions(), "begun": begun}
-
-
-def _dims(grid: Grid, name: str, own: tuple[str, ...] | None, shape: tuple[int, ...]) -> tuple[str, ...]:
-    return (*grid.dims, *(own if own is not None else [f"{name}_{axis}" for axis in range(len(shape))]))
-
-
-def _attributes(variable: Any) -> dict[str, Any]:
-    return {"long_name": variable.meaning, "units": variable.units}
-
-
-def _labels(axis: Axis) -> np.ndarray:
-    return np.asarray(axis.labels)
-
-
-def _storable(labels: np.ndarray) -> Any:
-    return labels.dtype if labels.dtype.kind in "biuf" else str
+def _storable(names: np.ndarray) -> Any:
+    return names.dtype if names.dtype.kind in "biuf" else str

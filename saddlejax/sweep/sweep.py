@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax.experimental.multihost_utils import sync_global_devices
 
 from .. import _check
@@ -25,7 +24,12 @@ from .grid import Axis, Grid
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
 from .problem import AbstractProblem
 from .programs import MOST_SLOTS
-from .store import MemoryStore, ZarrStore
+from .results import MemoryStore
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from .store import ZarrStore
 
 Measure = Callable[[Any], Any]
 MOST_LANES = 64
@@ -50,7 +54,7 @@ def sweep(
     retries: int = 2,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """Gradient flows, or escape directions, over a grid of networks.
 
     Every argument of the grid is a value or a list of values; the results have a dimension for each list.
@@ -111,7 +115,7 @@ def sweep(
     block_shape = problem.grid.block_shape(block or _most_lanes(problem.grid.lanes, batch))
     if jax.process_count() > 1:
         return _on_several_hosts(problem, store, block_shape, retries, on_progress)
-    results = MemoryStore(problem, block_shape) if store is None else ZarrStore(store, problem, block_shape)
+    results = MemoryStore(problem, block_shape) if store is None else _on_disk(store, problem, block_shape)
     execute(problem, results, executor, retries, on_progress)
     return results.dataset()
 
@@ -122,17 +126,23 @@ def _on_several_hosts(
     block_shape: Sequence[int],
     retries: int,
     on_progress: Callable[[Progress], None],
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """Every process of `jax.distributed` computes its share of the blocks, into a store that all of them reach."""
     if store is None:
         raise _check.fail("store", "be a folder that all processes reach, where JAX runs as several", store)
     if jax.process_index() == 0:
-        ZarrStore(store, problem, block_shape)
+        _on_disk(store, problem, block_shape)
     sync_global_devices("saddlejax sweep: store created")
-    results = ZarrStore(store, problem, block_shape)
+    results = _on_disk(store, problem, block_shape)
     execute(problem, results, None, retries, on_progress)
     sync_global_devices("saddlejax sweep: all blocks written")
     return results.dataset()
+
+
+def _on_disk(path: str | Path, problem: AbstractProblem, block_shape: Sequence[int]) -> "ZarrStore":
+    from .store import ZarrStore  # Zarr takes long to import
+
+    return ZarrStore(path, problem, block_shape)
 
 
 def _most_lanes(lanes: int, batch: int | None) -> int:
