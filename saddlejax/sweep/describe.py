@@ -93,6 +93,7 @@ def commit() -> str:
     return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return version(name)
