@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import saddlejax as sj
 
 
@@ -22,3 +24,15 @@ def test_importing_changes_no_global_setting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_takes_long_to_import_waits_for_its_use():
+    script = (
+        "import sys, saddlejax\n"
+        "print(*sorted({'matplotlib', 'pandas', 'scipy.optimize', 'sklearn', 'xarray', 'zarr'} & set(sys.modules)))\n"
+        "print(saddlejax.plot.flow.__name__, 'plot' in dir(saddlejax))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["", "flow True"]
+    with pytest.raises(AttributeError, match="has no attribute 'plots'"):
+        _ = sj.plots
