@@ -7,14 +7,15 @@ a folder, made for the run and deleted with it. It finds them by their contents,
 
 import atexit
 import gc
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are as many as the cores
-os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
-)
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that later versions end the process for
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
     _programs = tempfile.mkdtemp(prefix="saddlejax-tests-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)

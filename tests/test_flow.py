@@ -1,5 +1,7 @@
 """Outcomes, records, transformations and precision of gradient flows."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from problems import HALF, NET_KEY, SMALL, TASK_KEY, network, teacher
 
 import saddlejax as sj
+from saddlejax.flow.until import AbstractUntil
 
 
 def linear_task(samples: int = 40) -> sj.Task:
@@ -32,6 +35,28 @@ def test_zero_weights_and_zero_targets_and_dead_relus_do_not_escape():
     decaying = sj.gradient_flow(sj.scale_layers(net, 0.1), sj.Task(task.x, 0 * task.y))
     assert decaying.status == sj.Status.no_signal
     assert jnp.isnan(decaying.escape_time)
+
+
+class LayerNorm(AbstractUntil):
+    """End where the first layer reaches a norm: an end of a user's own, as the documentation allows."""
+
+    norm: float
+    reached: ClassVar = sj.Status.loss_reached
+    asks_for_escape: ClassVar[bool] = False
+    uses_curvature: ClassVar[bool] = False
+
+    def condition(self, field, state, rate):
+        return jnp.linalg.norm(field.state_net(state).weights[0]) - self.norm + 0 * rate.loss_integral
+
+    def describe(self):
+        return f"first layer at {self.norm}"
+
+
+def test_an_end_of_ones_own():
+    net = sj.scale_layers(sj.MLP([3, 8, 1], "tanh", key=NET_KEY), 1e-2)
+    flow = sj.gradient_flow(net, linear_task(), LayerNorm(0.5))
+    assert flow.status == sj.Status.loss_reached
+    np.testing.assert_allclose(flow.layer_norms[-1, 0], 0.5, rtol=1e-5)
 
 
 def test_one_small_layer_has_no_plateau():

@@ -52,6 +52,10 @@ class PlateauField(eqx.Module):
         """The network at a state."""
         return to_net(state.coordinates, self.net)
 
+    def loss(self, state: FlowState) -> Float[Array, ""]:
+        """The loss at a state, by one forward pass."""
+        return task_loss(self.state_net(state), self.task)
+
     def log_time(self, state: FlowState) -> Float[Array, ""]:
         """`log t`, which stays finite where `t` itself overflows; `−inf` at the start."""
         started = state.time > 0

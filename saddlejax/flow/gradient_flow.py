@@ -101,7 +101,7 @@ def gradient_flow(
     _warn_where_origin_is_no_saddle(net)
     net, task = match_precision(net, task)
     dtype = task.x.dtype
-    until, save = jax.tree.map(lambda a: a.astype(dtype), (until, save or Save()))
+    until, save = jax.tree.map(lambda a: jnp.asarray(a, dtype), (until, save or Save()))
     min_step = jnp.asarray(KINKED_MIN_STEP if kinked else 0.0, dtype)
     rtol = jnp.asarray(rtol, dtype)
     method: AbstractMethod = Explicit(solver)

@@ -250,7 +250,7 @@ def _integrate(
 
 def _condition_at(params: tuple, s: Array) -> Array:
     until, field, interpolation = params
-    return until.condition(field, interpolation.evaluate(s))
+    return until.condition_at(field, interpolation.evaluate(s))
 
 
 def _locate(

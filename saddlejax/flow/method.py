@@ -118,8 +118,7 @@ class Explicit(AbstractMethod):
     ) -> Attempt:
         del s, dense
         step = explicit_step(field.net, field, self.solver, state, rate, size)
-        assert isinstance(self.solver.tableau, dfx.ButcherTableau)
-        count = jnp.asarray(self.solver.tableau.num_stages - 1)
+        count = jnp.asarray(len(step.moves) - 1)
         passed = Passed(state, step.after, step.moves)
         none, unsettled = jnp.asarray(0), jnp.asarray(False)
         return Attempt(step.after, step.rate, step.error, step.time_error, passed, count, none, unsettled)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..tasks.task import task_loss, zero_loss
+from ..tasks.task import zero_loss
 from .clock import FlowState, PlateauField
 from .status import Status
 
@@ -29,8 +29,12 @@ class AbstractUntil(eqx.Module):
     """Whether the time of the end is what matters, so that errors count by their influence on it."""
 
     @abc.abstractmethod
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState | None = None) -> Float[Array, ""]:
-        """Negative before the end, positive after it; `rate` is the rate of the state, where it is known already."""
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        """Negative before the end, positive after it; `rate` is the rate of the state."""
+
+    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
+        """The condition at a state whose rate is not known yet; where that takes less than a gradient, say how."""
+        return self.condition(field, state, field(0.0, state, None))
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -64,10 +68,15 @@ class Escape(AbstractUntil):
     def uses_curvature(self) -> bool:
         return self.loss_fraction is None
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState | None = None) -> Float[Array, ""]:
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         if self.loss_fraction is None:
-            return -field.growth(state, field(0.0, state, None) if rate is None else rate)
-        return self.loss_fraction * zero_loss(field.task) - _loss(field, state, rate)
+            return -field.growth(state, rate)
+        return self.loss_fraction * zero_loss(field.task) - rate.loss_integral
+
+    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
+        if self.loss_fraction is None:
+            return super().condition_at(field, state)
+        return self.loss_fraction * zero_loss(field.task) - field.loss(state)
 
     def describe(self) -> str:
         if self.loss_fraction is None:
@@ -90,7 +99,7 @@ class Time(AbstractUntil):
     def uses_curvature(self) -> bool:
         return False
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState | None = None) -> Float[Array, ""]:
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         # In units of τ(θ_0), as a difference of logarithms where that would overflow.
         started = state.time > 0
         log_time = jnp.log(jnp.where(started, state.time, 1))
@@ -115,12 +124,11 @@ class Loss(AbstractUntil):
     def uses_curvature(self) -> bool:
         return False
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState | None = None) -> Float[Array, ""]:
-        return self.value - _loss(field, state, rate)
+    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+        return self.value - rate.loss_integral
+
+    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
+        return self.value - field.loss(state)
 
     def describe(self) -> str:
         return f"loss {self.value}"
-
-
-def _loss(field: PlateauField, state: FlowState, rate: FlowState | None) -> Float[Array, ""]:
-    return task_loss(field.state_net(state), field.task) if rate is None else rate.loss_integral

@@ -14,7 +14,7 @@ from .lane import Common, Group, LaneValues, flow_lane
 from .refill import Refilled, refilled_map
 from .split import split_at_loop
 
-IN_A_ROW = 8
+IN_A_ROW = 8  # lanes in a call, so that calling costs little
 SHARE_OF_MEMORY = 0.5
 MOST_SLOTS = 2048
 
