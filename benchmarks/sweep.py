@@ -86,12 +86,10 @@ def seconds(run: Callable[[], Any]) -> float:
 def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[str, Any], list[str]]:
     cores = available_cores()
     products = product_rate(cores)
-    sizes = {samples: against_bare(problem(samples), options, products) for samples in options.samples}
+    found = {samples: against_bare(problem(samples), options, products) for samples in options.samples}
+    sizes = {samples: row for samples, (_, row) in found.items()}
     task = problem(options.samples[0])
-    ours = sizes[options.samples[0]]
-    results = ours.pop("results")
-    for other in list(sizes.values())[1:]:
-        del other["results"]
+    results, ours = found[options.samples[0]]
     lanes = results.status.size
     rows = {"sweep": {"lanes": lanes, "seconds": ours["sweep"], "right": int((results.status == "escaped").sum())}}
     rows["bare gradients"] = {"lanes": lanes, "seconds": ours["bare"], "right": None}
@@ -113,8 +111,8 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
     for count in sorted({1, cores}):
         command = [sys.executable, __file__, "--cores", str(count), "--seeds", str(options.seeds)]
         command += ["--samples", str(options.samples[0])]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        on_cores[count] = json.loads(found.stdout.splitlines()[-1])
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        on_cores[count] = json.loads(done.stdout.splitlines()[-1])
     notes = [
         f"Matrix products: {products / 1e9:.0f} Gflop/s on {cores} cores. Slots of a refilled batch of 8 that work on a lane: {busy:.0%}."
     ]
@@ -163,8 +161,8 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
     return tables, numbers, notes
 
 
-def against_bare(task: sj.Task, options: argparse.Namespace, products: float) -> dict[str, Any]:
-    """The sweep and the gradients it spent, in turns; the first call, which compiles, apart."""
+def against_bare(task: sj.Task, options: argparse.Namespace, products: float) -> tuple[xr.Dataset, dict[str, Any]]:
+    """A sweep; and how long it and the gradients it spent take, in turns. The first call, which compiles, apart."""
     run = lambda: sj.sweep(task, **GRID, seed=range(options.seeds)).steps.values  # noqa: E731
     first = seconds(run)
     results = sj.sweep(task, **GRID, seed=range(options.seeds))
@@ -172,8 +170,7 @@ def against_bare(task: sj.Task, options: argparse.Namespace, products: float) ->
     times = [(seconds(run), seconds(bare)) for _ in range(options.repeats)]
     ours, gradients = (float(np.median(column)) for column in zip(*times, strict=True))
     ratios = [a / b for a, b in times]
-    return {
-        "results": results,
+    return results, {
         "first": first,
         "sweep": ours,
         "bare": gradients,
