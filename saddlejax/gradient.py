@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .networks import AbstractNetwork, Weights, preactivations
+from .networks import AbstractNetwork, Weights
 from .tasks.task import Task
+
+WORTH_TURNING = 16
 
 
 class Gradient(NamedTuple):
@@ -35,19 +37,35 @@ def homogeneity_defect(activation: Callable[[Array], Array], z: Float[Array, "..
 def gradient(net: AbstractNetwork, task: Task) -> Gradient:
     """Loss, gradient and the right-hand side of the imbalance identity in one forward and backward pass.
 
-    Networks that store their layers in another way register their own.
+    Back-propagation, `δ_L = ∂c/∂f`, `δ_l = (W_{l+1}ᵀ δ_{l+1}) σ'(z_l)` and `∂𝓛/∂W_l = E[δ_l h_{l−1}ᵀ]`, written out for
+    the sake of the `W_{l+1}ᵀ δ_{l+1}` on the way. Networks that store their layers in another way register their own.
     """
-
-    def run(weights: Weights, taps: tuple[Array, ...]) -> tuple[Array, list[Array]]:
-        # The derivative with respect to a tap on h_l is W_{l+1}ᵀ δ_{l+1}, one row a sample.
-        zs = preactivations(net.with_weights(weights), task.x, taps)
-        return task.mean_loss(zs[-1]), zs[:-1]
-
-    taps = tuple(jnp.zeros((task.samples, size), task.x.dtype) for size in net.sizes[1:-1])
-    (loss, hidden), (weights, signals) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(net.weights, taps)
+    matrices, to_weights = jax.vjp(lambda weights: net.with_weights(weights).matrices(), net.weights)
+    zs, signals, slopes = [_product(task.x, matrices[0].T)], [task.x], []
+    for matrix in matrices[1:]:
+        h, slope = jax.vjp(net.activation, zs[-1])
+        zs.append(_product(h, matrix.T))
+        signals.append(h)
+        slopes.append(slope)
+    loss, delta = jax.value_and_grad(task.mean_loss)(zs[-1])
     samples = jnp.full(task.samples, 2, task.x.dtype)  # on CPUs a product is summed faster than an array
-    rates = tuple(
-        jnp.matmul(samples, signal * homogeneity_defect(net.activation, z), precision="highest")
-        for signal, z in zip(signals, hidden, strict=True)
-    )
-    return Gradient(loss, weights, rates)
+    slopes_of_loss, rates = [_outer(delta, signals[-1])], []
+    for layer in reversed(range(net.depth - 1)):
+        signal = _product(delta, matrices[layer + 1])
+        rates.append(_product(samples, signal * homogeneity_defect(net.activation, zs[layer])))
+        (delta,) = slopes[layer](signal)
+        slopes_of_loss.append(_outer(delta, signals[layer]))
+    (weights,) = to_weights(tuple(reversed(slopes_of_loss)))
+    return Gradient(loss, weights, tuple(reversed(rates)))
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _outer(delta: Float[Array, "samples out"], h: Float[Array, "samples in"]) -> Float[Array, "out in"]:
+    """`δᵀ h`. On CPUs XLA multiplies matrices faster that lie in memory as they are multiplied, so `δ` is turned first."""
+    turned = delta.T
+    if jax.default_backend() == "cpu" and min(delta.shape[1], h.shape[1]) >= WORTH_TURNING:
+        turned = jax.lax.optimization_barrier(turned)
+    return _product(turned, h)

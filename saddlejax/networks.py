@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _check
+from ._normal import standard_normal
 from .activations import Activation, activation_name, resolve_activation
 
 Weights = tuple[Float[Array, "fan_out fan_in"], ...]
@@ -79,11 +80,9 @@ class MLP(AbstractNetwork):
     ):
         sizes = _check.layer_sizes("sizes", sizes)
         self.activation = resolve_activation(activation)
-        fans = zip(jax.random.split(key, len(sizes) - 1), sizes[:-1], sizes[1:], strict=True)
-        self.weights = tuple(
-            jnp.sqrt(jnp.asarray(2 / fan_in, dtype or float)) * jax.random.normal(k, (fan_out, fan_in), dtype or float)
-            for k, fan_in, fan_out in fans
-        )
+        keys = jax.random.split(key, len(sizes) - 1)
+        shapes = zip(sizes[1:], sizes[:-1], strict=True)
+        self.weights = tuple(he_normal(k, shape, dtype or float) for k, shape in zip(keys, shapes, strict=True))
 
     @classmethod
     def from_weights(cls, weights: Sequence[Array], activation: str | Activation = "relu") -> "MLP":
@@ -107,6 +106,11 @@ class MLP(AbstractNetwork):
         return f"MLP {sizes}, {activation_name(self.activation)}, {self.weights[0].dtype}"
 
 
+def he_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype | type) -> Float[Array, "fan_out fan_in"]:
+    """The initial weights of a layer, `N(0, 2/fan_in)`."""
+    return jnp.sqrt(jnp.asarray(2 / shape[1], dtype)) * standard_normal(key, shape, dtype)
+
+
 def check_weights(argument: str, weights: Sequence[Array]) -> None:
     """Refuse weights that are not matrices, or whose neighbours do not fit."""
     if len(weights) == 0:
@@ -123,20 +127,15 @@ def check_weights(argument: str, weights: Sequence[Array]) -> None:
             )
 
 
-def preactivations(
-    net: AbstractNetwork, x: Float[Array, "*batch in"], taps: Sequence[Float[Array, "*batch _"]] = ()
-) -> list[Float[Array, "*batch _"]]:
+def preactivations(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> list[Float[Array, "*batch _"]]:
     """The pre-activations `z_1 … z_L` for a sample or a batch; the last one is the output.
 
-    `taps`, where given, are added to the hidden signals `h_1 … h_{L−1}`: differentiating with respect to a tap gives
-    the derivative with respect to the signal. Matrix products run at full precision whatever the global setting.
+    Matrix products run at full precision whatever the global setting.
     """
     h = x
     zs: list[Array] = []
     for layer, matrix in enumerate(net.matrices()):
-        if layer > 0:
-            h = net.activation(zs[-1])
-            h = h + taps[layer - 1] if taps else h
+        h = net.activation(zs[-1]) if layer > 0 else h
         zs.append(jnp.matmul(h, matrix.T, precision="highest"))
     return zs
 

@@ -22,6 +22,9 @@ def test_weights_are_he_normal_and_outputs_are_plain_matrix_products():
     assert [w.shape for w in net.weights] == [(200, 64), (100, 200), (10, 100)]
     for w in net.weights[:2]:
         assert float(jnp.std(w)) == pytest.approx(np.sqrt(2 / w.shape[1]), rel=0.03)
+    keys = jax.random.split(KEY, 3)
+    for k, w in zip(keys, net.weights, strict=True):
+        np.testing.assert_array_equal(w, jnp.sqrt(2 / w.shape[1]) * jax.random.normal(k, w.shape))
     x = jax.random.normal(KEY, (64,))
     expected = net.weights[2] @ jnp.tanh(net.weights[1] @ jnp.tanh(net.weights[0] @ x))
     np.testing.assert_allclose(net(x), expected, rtol=1e-12)

@@ -4,7 +4,6 @@
 about e, however slowly that happens in time `t`. A plateau of any length then takes `O(log 1/ε)` steps.
 """
 
-from functools import singledispatch
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,22 +14,8 @@ from jaxtyping import Array, Float
 from ..gradient import gradient
 from ..networks import AbstractNetwork, safe_norm
 from ..tasks.task import Task, task_loss
-from .coordinates import Coordinates, to_coordinates, to_net, unit_rates
-
-
-class FlowState(eqx.Module):
-    """The state that is integrated over `s`.
-
-    - `coordinates`: the weights.
-    - `time`: `t/τ(θ_0)`, which stays near one on a plateau of any length.
-    - `imbalance_drift`: `∫ (dΔ_l/dt) dt` by the exact identity, one number for each hidden layer.
-    - `loss_integral`: `∫ 𝓛 ds`; its rate at the end of a step is the loss there, at no cost.
-    """
-
-    coordinates: Coordinates
-    time: Float[Array, ""]
-    imbalance_drift: Float[Array, " hidden"]
-    loss_integral: Float[Array, ""]
+from .coordinates import Coordinates, to_coordinates, to_net
+from .state import FlowState
 
 
 class PlateauField(eqx.Module):
@@ -40,13 +25,15 @@ class PlateauField(eqx.Module):
     task: Task
     log_time_unit: Float[Array, ""]
 
-    def __call__(self, s: Array | float, state: FlowState, args: None) -> FlowState:
-        """The rate of the state. Nothing moves where the gradient is exactly zero."""
-        del s, args
-        rate = motion(self.net, self.task, state.coordinates)
+    def rate(self, state: FlowState, growth: Float[Array, " layers"] | None = None) -> FlowState:
+        """The rate of the state, with units that grow at given rates, by default as their layers do.
+
+        Nothing moves where the gradient is exactly zero.
+        """
+        rate = motion(self.net, self.task, state.coordinates, growth)
         stalled = jnp.isneginf(rate.log_rate)
         time = jnp.where(stalled, 0, jnp.exp(-jnp.where(stalled, 0, rate.log_rate) - self.log_time_unit))
-        return FlowState(rate.coordinates, time, rate.imbalance_drift, rate.loss)
+        return FlowState.of(rate.coordinates, time, rate.imbalance_drift, rate.loss)
 
     def state_net(self, state: FlowState) -> AbstractNetwork:
         """The network at a state."""
@@ -63,10 +50,13 @@ class PlateauField(eqx.Module):
 
     def log_gradient_norm(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`; `−inf` where the gradient is exactly zero."""
-        norm = safe_norm(jnp.stack([safe_norm(v) for v in self._velocity(state, rate)]))
-        moving = (norm > 0) & (rate.time > 0)
-        log = jnp.log(jnp.where(moving, norm, 1)) - jnp.log(jnp.where(moving, rate.time, 1)) - self.log_time_unit
-        return jnp.where(moving, log, -jnp.inf)
+        here, moving = state.coordinates, rate.time > 0
+        velocity = here.velocity(rate.coordinates)
+        squares = here.shapes.inner(velocity, velocity)
+        there = squares > 0
+        logs = jnp.where(there, here.log_units + 0.5 * jnp.log(jnp.where(there, squares, 1)), -jnp.inf)
+        log_velocity = 0.5 * jax.nn.logsumexp(2 * jnp.where(moving, logs, 0))
+        return jnp.where(moving, log_velocity - jnp.log(jnp.where(moving, rate.time, 1)) - self.log_time_unit, -jnp.inf)
 
     def _velocity(self, state: FlowState, rate: FlowState) -> list[Array]:
         """`dW_l/ds`."""
@@ -100,21 +90,19 @@ class Motion(NamedTuple):
     log_rate: Float[Array, ""]
 
 
-@singledispatch
-def motion(net: AbstractNetwork, task: Task, coordinates: Coordinates) -> Motion:
-    """The motion of the network at given coordinates. Networks may register a cheaper way."""
+def motion(
+    net: AbstractNetwork, task: Task, coordinates: Coordinates, growth: Float[Array, " layers"] | None = None
+) -> Motion:
+    """The motion of the network at given coordinates, whose units grow at given rates, by default as their layers do."""
     here = gradient(to_net(coordinates, net), task)
     shapes, inverses = coordinates.shapes, jnp.exp(-coordinates.log_units)
     relative = shapes.join([g * inverse for g, inverse in zip(here.weights, inverses, strict=True)])
     norm = _norm(relative)  # 1/τ
     stalled = norm == 0
     tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
-    velocity = -tau * relative
-    growth = unit_rates(coordinates, velocity)
-    turning = shapes.map(lambda rate, v, direction: v - rate * direction, growth, velocity, coordinates.joined)
     drift = jnp.stack([jnp.sum(rate) for rate in here.neuron_rates]) if here.neuron_rates else jnp.zeros(0, tau.dtype)
     log_rate = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
-    return Motion(Coordinates(turning, growth, shapes), drift * tau, here.loss, log_rate)
+    return Motion(coordinates.along(-tau * relative, growth), drift * tau, here.loss, log_rate)
 
 
 def _norm(vector: Float[Array, " weights"]) -> Float[Array, ""]:
@@ -127,9 +115,9 @@ def _norm(vector: Float[Array, " weights"]) -> Float[Array, ""]:
 def start(net: AbstractNetwork, task: Task) -> tuple[PlateauField, FlowState, FlowState]:
     """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
     zero = jnp.zeros((), task.x.dtype)
-    state = FlowState(to_coordinates(net.weights), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
+    state = FlowState.of(to_coordinates(net.weights), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
     rate = motion(net, task, state.coordinates)
     stalled = jnp.isneginf(rate.log_rate)
     field = PlateauField(net, task, jnp.where(stalled, 0, -rate.log_rate))
     time = jnp.where(stalled, zero, 1)
-    return field, state, FlowState(rate.coordinates, time, rate.imbalance_drift, rate.loss)
+    return field, state, FlowState.of(rate.coordinates, time, rate.imbalance_drift, rate.loss)

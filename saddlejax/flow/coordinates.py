@@ -9,10 +9,11 @@ from .layer_shapes import LayerShapes
 
 
 class Coordinates(eqx.Module):
-    """`W_l = e^{u_l} V_l` with `‖V_l‖_F = 1`; the `V_l` are kept in one vector.
+    """`W_l = e^{u_l} V_l`, where `‖V_l‖_F` stays near one; the `V_l` are kept in one vector.
 
-    On the plateau every layer grows exponentially in the plateau clock. In these coordinates that is a straight line
-    in `u_l`, which any integrator follows exactly; only the turning of the directions `V_l` costs steps.
+    Different units and directions give the same weights, so the rates `du_l/ds` may be chosen freely. On the plateau
+    every layer grows exponentially in the plateau clock: with the unit growing as its layer does, the direction rests,
+    and only its turning costs steps.
     """
 
     joined: Float[Array, " weights"]
@@ -29,12 +30,37 @@ class Coordinates(eqx.Module):
         units = jnp.exp(self.log_units)
         return [unit * v for unit, v in zip(units, self.directions, strict=True)]
 
+    def norms(self) -> Float[Array, " layers"]:
+        """The norms `‖W_l‖_F`."""
+        squares = self.shapes.inner(self.joined, self.joined)
+        moved = squares > 0
+        return jnp.where(moved, jnp.exp(self.log_units) * jnp.sqrt(jnp.where(moved, squares, 1)), 0)
+
+    def velocity(self, rates: "Coordinates") -> Float[Array, " weights"]:
+        """The velocities of the layers in their units, `e^{−u_l} dW_l/ds`, given the rates of the coordinates."""
+        return self.shapes.map(
+            lambda growth, turning, v: turning + growth * v, rates.log_units, rates.joined, self.joined
+        )
+
+    def along(self, velocity: Float[Array, " weights"], growth: Float[Array, " layers"] | None = None) -> "Coordinates":
+        """The rates of the coordinates for such velocities, with units that grow at given rates.
+
+        By default those are `⟨V_l, v_l⟩/‖V_l‖²`, at which the layers themselves grow. A layer that starts from zero
+        has no such rate yet; its unit grows less until the layer has reached it.
+        """
+        shapes, here = self.shapes, self.joined
+        if growth is None:
+            growth = shapes.inner(here, velocity) / jnp.maximum(shapes.inner(here, here), 1)
+        return Coordinates(
+            shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, here), growth, shapes
+        )
+
 
 def to_coordinates(weights: Weights) -> Coordinates:
     """The coordinates of given weights.
 
     A layer that is exactly zero takes the unit of the smallest other layer and the direction `V_l = 0`; it grows to
-    its unit as the flow moves (see `unit_rates`).
+    its unit as the flow moves.
     """
     norms = jnp.stack([safe_norm(w) for w in weights])
     smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
@@ -47,12 +73,3 @@ def to_coordinates(weights: Weights) -> Coordinates:
 def to_net(coordinates: Coordinates, like: Net) -> Net:
     """The network at given coordinates."""
     return like.with_weights(coordinates.weights())
-
-
-def unit_rates(coordinates: Coordinates, velocity: Float[Array, " weights"]) -> Float[Array, " layers"]:
-    """The rates `du_l/ds` at which units follow their layers, whose velocities in those units are `velocity`.
-
-    Any rate gives the same weights. This one keeps `‖V_l‖` where it is once it has reached one.
-    """
-    shapes, joined = coordinates.shapes, coordinates.joined
-    return shapes.inner(joined, velocity) / jnp.maximum(shapes.inner(joined, joined), 1)

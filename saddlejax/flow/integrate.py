@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, zero_loss
-from .clock import FlowState, PlateauField, start
+from .clock import PlateauField, start
 from .crossing import crossing
 from .method import AbstractMethod
 from .record import Row, Save, empty_rows, row
+from .state import FlowState
 from .status import Status
 from .stepping import StepSize, first_step_size, influence, next_step_size
 from .until import AbstractUntil
@@ -112,7 +113,7 @@ def _integrate(
     kind: Kind,
 ) -> Integration:
     field, state, rate = start(net, task)
-    order = method.order(field)
+    order = method.order()
     plateau = zero_loss(task)
     first_gradient = field.log_gradient_norm(state, rate)
 
@@ -229,7 +230,7 @@ def _integrate(
         rows, count = _rows_at_times(save, field, interpolation, rows, count, limit, kind, p.accepted)
     else:
         write = ended | (not save.steps)
-        rows = _write(rows, row(save, field, state, field(s_end, state, None), p.accepted), count, write)
+        rows = _write(rows, row(save, field, state, field.rate(state), p.accepted), count, write)
         count = count + write
     # Rows at the end of a step come for free; the others take a gradient each.
     extra_rows = count if save.times is not None else jnp.asarray(write, int)
@@ -302,7 +303,7 @@ def _rows_at_times(
         ends = jax.lax.stop_gradient(tuple(_time_at(params, end) for end in bracket))
         at, _ = crossing(params, bracket, ends, 4 * jnp.finfo(s.dtype).eps * (end - s), function=_time_at)
         state = interpolation.evaluate(at)
-        return _write(rows, row(save, field, state, field(at, state, None), steps), index, jnp.asarray(True)), index + 1
+        return _write(rows, row(save, field, state, field.rate(state), steps), index, jnp.asarray(True)), index + 1
 
     return eqxi.while_loop(
         waiting, write, (rows, next_row), max_steps=log_times.size, buffers=lambda carry: carry[0], kind=kind

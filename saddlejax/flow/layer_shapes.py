@@ -1,6 +1,7 @@
 """The matrices of all layers in one vector: a step of the flow is then a few passes over it, not a few per layer."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,11 @@ class LayerShapes(NamedTuple):
     """The shapes of the layers that a vector holds one after another. Neighbours of one shape are passed over together."""
 
     shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """The number of all weights."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
     def join(self, matrices: Sequence[Array]) -> Float[Array, " weights"]:
         """The vector of given matrices."""

@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..gradient import gradient
 from ..networks import Weights, safe_norm
 from ..tasks.task import task_loss
-from .clock import FlowState, PlateauField
+from .clock import PlateauField
 from .coordinates import to_coordinates
 from .explicit_step import explicit_step
 from .exponential import ExponentialInterpolation, ExponentialRosenbrock
+from .state import FlowState
 
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
@@ -66,7 +67,7 @@ class AbstractMethod(eqx.Module):
     """How well the end is located within its step, in units of the tolerance."""
 
     @abc.abstractmethod
-    def order(self, field: PlateauField) -> int:
+    def order(self) -> int:
         """The power of the step size that the error of a step goes with."""
 
     @abc.abstractmethod
@@ -108,8 +109,8 @@ class Explicit(AbstractMethod):
     end_tolerance: ClassVar[float] = 1e-2
     differentiable: ClassVar[bool] = True
 
-    def order(self, field: PlateauField) -> int:
-        order = self.solver.order(dfx.ODETerm(field))
+    def order(self) -> int:
+        order = self.solver.order(dfx.ODETerm(lambda t, y, args: y))
         assert order is not None
         return order
 
@@ -124,7 +125,7 @@ class Explicit(AbstractMethod):
         return Attempt(step.after, step.rate, step.error, step.time_error, passed, count, none, unsettled)
 
     def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
-        moves = jax.vmap(ravel_pytree(dense.before)[1])(dense.moves)
+        moves = FlowState(dense.moves, dense.before.shapes)
         return self.solver.interpolation_cls(t0=s0, t1=s1, y0=dense.before, y1=dense.after, k=moves)
 
     def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
@@ -193,7 +194,7 @@ class Exponential(AbstractMethod):
     end_tolerance: ClassVar[float] = 1e-4
     differentiable: ClassVar[bool] = False
 
-    def order(self, field: PlateauField) -> int:
+    def order(self) -> int:
         return 4
 
     def attempt(
@@ -212,13 +213,9 @@ class Exponential(AbstractMethod):
         flat, unravel = ravel_pytree(weights)
         step = solver.increments(velocity, weights, size, fractions, keep=dense)
         new = unravel(flat + step.end)
-        after = FlowState(
-            coordinates=to_coordinates(new),
-            time=state.time + rate.time * size,
-            imbalance_drift=state.imbalance_drift,
-            loss_integral=state.loss_integral,
-        )
-        new_rate = field(s + size, after, None)
+        here, time = to_coordinates(new), state.time + rate.time * size
+        after = FlowState.of(here, time, state.imbalance_drift, state.loss_integral)
+        new_rate = field.rate(after)
         # Whether a direction grows on the scale of the time passed: a saddle, then, that is still to be left.
         growing = step.largest * state.time > GROWING * rate.time
         # The rates in time at both ends, in units of the τ of this step.
@@ -230,7 +227,7 @@ class Exponential(AbstractMethod):
             rates = [self._drift(field, tau, unravel(flat + inner)) for inner in step.inner]
             gained = END_WEIGHT * (drifts[0] + drifts[1])
             gained = gained + sum(w * r for w, r in zip(INNER_WEIGHTS, rates, strict=True))
-            after = eqx.tree_at(lambda a: a.imbalance_drift, after, state.imbalance_drift + size * gained)
+            after = FlowState.of(here, time, state.imbalance_drift + size * gained, state.loss_integral)
         within = {"y0": weights, "spaces": step.spaces}
         return Attempt(
             after,
@@ -285,9 +282,9 @@ class StepInterpolation(dfx.AbstractLocalInterpolation):
         x = passed / size
         gained = end - self.state.imbalance_drift
         drift = x**2 * (3 - 2 * x) * gained + size * x * (1 - x) * ((1 - x) * first - x * last)
-        return FlowState(
-            coordinates=to_coordinates(weights),
-            time=self.state.time + self.rate * passed,
-            imbalance_drift=self.state.imbalance_drift + drift,
-            loss_integral=self.state.loss_integral,
+        return FlowState.of(
+            to_coordinates(weights),
+            self.state.time + self.rate * passed,
+            self.state.imbalance_drift + drift,
+            self.state.loss_integral,
         )

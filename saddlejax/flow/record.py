@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import _check
-from ..networks import Weights, layer_norms
-from .clock import FlowState, PlateauField
+from ..networks import Weights
+from .clock import PlateauField
+from .state import FlowState
 
 
 class Save(eqx.Module):
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 def row(save: Save, field: PlateauField, state: FlowState, rate: FlowState, steps: Int[Array, ""]) -> Row:
     """The row of a state, whose rate is known, after so many steps."""
     net, coordinates = field.state_net(state), state.coordinates
-    norms = layer_norms(net)
+    norms = coordinates.norms()
     spectra = tuple(
         jnp.exp(u) * jnp.linalg.svd(v, compute_uv=False)
         for u, v in zip(coordinates.log_units, coordinates.directions, strict=True)

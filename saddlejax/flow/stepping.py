@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .clock import FlowState
+from .state import FlowState
 
 SAFETY = 0.9
 LEAST_INFLUENCE = 0.05
@@ -30,17 +30,13 @@ def first_step_size(rtol: Float[Array, ""], order: int) -> StepSize:
 def relative_errors(error: FlowState, after: FlowState) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest relative error of a step over the layers, and that of the time.
 
-    An error of a unit is a relative error of its layer already, one of a direction is relative to its length one;
-    time is relative to itself. The quadratures that ride along do not count.
+    The units have none, for they grow steadily over a step. Time is relative to itself. The quadratures that ride
+    along do not count.
     """
-    turned, shapes = error.coordinates.joined, error.coordinates.shapes
-    largest = jnp.max(jnp.abs(turned))
-    unit = jnp.where(largest == 0, 1, largest)
-    turned = turned * (1 / unit)
-    turns = unit * jnp.sqrt(shapes.inner(turned, turned))
-    layers = jnp.abs(error.coordinates.log_units) + turns
+    turned, here, shapes = error.coordinates.joined, after.coordinates.joined, error.shapes
+    squares = shapes.inner(turned, turned) / jnp.maximum(shapes.inner(here, here), 1)
     time = jnp.abs(error.time) / jnp.where(after.time > 0, after.time, 1)
-    return jnp.max(layers), time
+    return jnp.sqrt(jnp.max(squares)), time
 
 
 def influence(state: FlowState, rate: FlowState) -> Float[Array, ""]:

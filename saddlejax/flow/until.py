@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..tasks.task import zero_loss
-from .clock import FlowState, PlateauField
+from .clock import PlateauField
+from .state import FlowState
 from .status import Status
 
 
@@ -34,7 +35,7 @@ class AbstractUntil(eqx.Module):
 
     def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
         """The condition at a state whose rate is not known yet; where that takes less than a gradient, say how."""
-        return self.condition(field, state, field(0.0, state, None))
+        return self.condition(field, state, field.rate(state))
 
     @abc.abstractmethod
     def describe(self) -> str:

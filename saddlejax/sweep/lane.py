@@ -1,5 +1,7 @@
 """One lane: the flow of one network, in the program that all lanes of a group share."""
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from ..activations import Activation
 from ..flow import Save, gradient_flow
 from ..flow.until import AbstractUntil
-from ..networks import MLP, Weights
+from ..networks import he_normal
 from ..tasks.task import Task
 from .measures import Variable
-from .padded import PaddedMLP, pad
+from .padded import PaddedMLP
 from .unpad import measure_flow
 
 
@@ -77,22 +79,32 @@ def flow_lane(group: Group, common: Common, lane: LaneValues) -> dict[str, Array
 
 def initial_network(group: Group, which: Array, lane: LaneValues) -> PaddedMLP:
     """The network that `scale_layers(MLP(sizes, activation, key=key), scale, layers)` is, padded."""
-    key = jax.random.wrap_key_data(lane.key)
-    width, ends = group.sizes[1:-1], (group.sizes[0], group.sizes[-1])
-    shapes = tuple(
-        jax.ShapeDtypeStruct((rows, columns), jnp.dtype(group.dtype))
-        for rows, columns in zip(group.sizes[1:], group.sizes[:-1], strict=True)
-    )
+    key, dtype = jax.random.wrap_key_data(lane.key), jnp.dtype(group.dtype)
+    shapes = list(zip(group.sizes[1:], group.sizes[:-1], strict=True))
 
-    def of_depth(depth: int) -> Weights:
-        net = MLP((ends[0], *width[: depth - 1], ends[1]), group.activation, key=key, dtype=jnp.dtype(group.dtype))
-        return pad(net.weights, shapes)
+    def own_keys(depth: int) -> Array:
+        own = jax.random.key_data(jax.random.split(key, depth))
+        return jnp.concatenate([own[:-1], jnp.zeros((len(shapes) - depth, *own.shape[1:]), own.dtype), own[-1:]])
 
-    weights = jax.lax.switch(which, [lambda depth=depth: of_depth(depth) for depth in group.depths])
+    # The keys branch on the depth, the numbers do not: the program draws them once for all layers of a shape.
+    keys = jax.lax.switch(which, [functools.partial(own_keys, depth) for depth in group.depths])
+    position, depth = jnp.arange(len(shapes)), jnp.asarray(group.depths)[which]
+    there = (position < depth - 1) | (position == len(shapes) - 1)
+    weights: list[Array] = []
+    for shape, run in itertools.groupby(range(len(shapes)), lambda layer: shapes[layer]):
+        layers = jnp.asarray(list(run))
+        weights += list(jax.lax.map(functools.partial(_draw, shape, dtype), (keys[layers], there[layers])))
     scaled = tuple(
-        w * jnp.where(small, lane.scale, 1).astype(w.dtype) for w, small in zip(weights, lane.small, strict=True)
+        w * jnp.where(small, lane.scale, 1).astype(dtype) for w, small in zip(weights, lane.small, strict=True)
     )
     return PaddedMLP(weights=scaled, which=which, depths=group.depths, activation=group.activation)
+
+
+def _draw(shape: tuple[int, int], dtype: jnp.dtype, layer: tuple[Array, Array]) -> Float[Array, "fan_out fan_in"]:
+    """The initial weights of a layer from its key; zeros where it is not there."""
+    key, there = layer
+    draw = lambda key: he_normal(jax.random.wrap_key_data(key), shape, dtype)  # noqa: E731
+    return jax.lax.cond(there, draw, lambda _: jnp.zeros(shape, dtype), key)
 
 
 def small_layers(layers: tuple[int, ...] | None, depth: int, deepest: int) -> np.ndarray:

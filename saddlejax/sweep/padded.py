@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from ..activations import Activation
-from ..flow.clock import FlowState, Motion, PlateauField, motion
-from ..flow.coordinates import Coordinates
+from ..flow.clock import PlateauField
 from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
+from ..flow.state import FlowState
 from ..gradient import Gradient, gradient
 from ..networks import MLP, AbstractNetwork, Weights, predict
 from ..tasks.task import Task
@@ -77,22 +76,6 @@ def _gradient(net: PaddedMLP, task: Task) -> Gradient:
     return net.branch(padded)
 
 
-@motion.register
-def _motion(net: PaddedMLP, task: Task, coordinates: Coordinates) -> Motion:
-    def at(depth: int) -> Callable[[Coordinates], Motion]:
-        def small_motion(all_layers: Coordinates) -> Motion:
-            small = _without_missing(all_layers, depth)
-            found = motion(MLP.from_weights(small.weights(), net.activation), task, small)
-            return found._replace(
-                coordinates=_with_missing(found.coordinates, all_layers.shapes),
-                imbalance_drift=_insert(found.imbalance_drift, depth - 1, net.depth - depth),
-            )
-
-        return small_motion
-
-    return jax.lax.switch(net.which, [at(depth) for depth in net.depths], coordinates)
-
-
 @explicit_step.register
 def _explicit_step(
     net: PaddedMLP,
@@ -104,58 +87,60 @@ def _explicit_step(
 ) -> ExplicitStep:
     # All stages of a step within one branch: their arithmetic, too, is that of the layers that are there.
     def at(depth: int) -> Callable[[PlateauField, FlowState, FlowState, Array], ExplicitStep]:
-        def remove_missing(state: FlowState) -> FlowState:
-            coordinates = _without_missing(state.coordinates, depth)
-            return FlowState(coordinates, state.time, state.imbalance_drift[: depth - 1], state.loss_integral)
-
-        def pad_state(small: FlowState) -> FlowState:
-            coordinates = _with_missing(small.coordinates, state.coordinates.shapes)
-            drift = _insert(small.imbalance_drift, depth - 1, net.depth - depth)
-            return FlowState(coordinates, small.time, drift, small.loss_integral)
+        layout = _Layout.of(state.shapes, depth)
 
         def small_step(field: PlateauField, state: FlowState, rate: FlowState, size: Array) -> ExplicitStep:
-            before = remove_missing(state)
+            before = layout.remove(state)
             small = MLP.from_weights(before.coordinates.weights(), net.activation)
             field = PlateauField(small, field.task, field.log_time_unit)
-            step = explicit_step(small, field, solver, before, remove_missing(rate), size)
-            to_state = ravel_pytree(before)[1]
-            moves = jax.vmap(lambda move: ravel_pytree(pad_state(to_state(move)))[0])(step.moves)
-            return step._replace(after=pad_state(step.after), rate=pad_state(step.rate), moves=moves)
+            step = explicit_step(small, field, solver, before, layout.remove(rate), size)
+            return step._replace(
+                after=layout.pad(step.after), rate=layout.pad(step.rate), moves=layout.pad_vector(step.moves)
+            )
 
         return small_step
 
     return jax.lax.switch(net.which, [at(depth) for depth in net.depths], field, state, rate, size)
 
 
-def _without_missing(coordinates: Coordinates, depth: int) -> Coordinates:
-    """The coordinates of the layers that are there."""
-    shapes = coordinates.shapes.shapes
-    there = LayerShapes(tuple(remove(shapes, depth)))
-    last = math.prod(shapes[-1])
-    joined, units = coordinates.joined, coordinates.log_units
-    return Coordinates(
-        _cut(joined, _entries(there.shapes[:-1]), joined.size - last), _cut(units, depth - 1, units.size - 1), there
-    )
+class _Layout(NamedTuple):
+    """Where the state of a network without padding lies in that of the padded one.
 
+    - `shapes`, `all_shapes`: the layers that are there, and all of them.
+    - `pieces`: runs of entries that stay together, `(begin, end, begin in the padded state)`.
+    """
 
-def _with_missing(small: Coordinates, shapes: LayerShapes) -> Coordinates:
-    """Room in between for the layers that are not there; the shapes are those of all layers."""
-    first = small.shapes.shapes[:-1]
-    missing = len(shapes.shapes) - len(first) - 1
-    room = _entries(shapes.shapes) - small.joined.size
-    joined = _insert(small.joined, _entries(first), room)
-    return Coordinates(joined, _insert(small.log_units, len(first), missing), shapes)
+    shapes: LayerShapes
+    all_shapes: LayerShapes
+    pieces: tuple[tuple[int, int, int], ...]
 
+    @classmethod
+    def of(cls, all_shapes: LayerShapes, depth: int) -> "_Layout":
+        shapes = LayerShapes(tuple(remove(all_shapes.shapes, depth)))
+        last = math.prod(shapes.shapes[-1])
+        missing, layers = len(all_shapes.shapes) - depth, all_shapes.size - shapes.size
+        # The first layers; the last one and the first units; the last unit, the time and the drifts; the loss.
+        ends = [shapes.size - last, shapes.size + depth - 1, FlowState.size(shapes) - 1, FlowState.size(shapes)]
+        shifts = [0, layers, layers + missing, layers + 2 * missing]
+        pieces = [(begin, end, begin + shift) for begin, end, shift in zip([0, *ends], ends, shifts, strict=False)]
+        return cls(shapes, all_shapes, tuple(pieces))
 
-def _entries(shapes: Sequence[tuple[int, int]]) -> int:
-    return sum(math.prod(shape) for shape in shapes)
+    def remove(self, state: FlowState) -> FlowState:
+        """The state of the layers that are there."""
+        parts = [state.vector[there : there + end - begin] for begin, end, there in self.pieces]
+        return FlowState(jnp.concatenate(parts), self.shapes)
 
+    def pad(self, state: FlowState) -> FlowState:
+        """The state with zeros for the layers that are not there."""
+        return FlowState(self.pad_vector(state.vector), self.all_shapes)
 
-def _cut(vector: Array, begin: int, end: int) -> Array:
-    """A vector without its entries from `begin` to `end`."""
-    return vector if begin == end else jnp.concatenate([vector[:begin], vector[end:]])
-
-
-def _insert(vector: Array, at: int, count: int) -> Array:
-    """A vector with so many zeros before entry `at`."""
-    return vector if count == 0 else jnp.concatenate([vector[:at], jnp.zeros(count, vector.dtype), vector[at:]])
+    def pad_vector(self, vector: Float[Array, "*any state"]) -> Float[Array, "*any padded"]:
+        """The entries of one or more states, with zeros in between."""
+        size = FlowState.size(self.all_shapes)
+        if vector.shape[-1] == size:
+            return vector
+        # In place, piece by piece: two or three times faster than a concatenation.
+        padded = jnp.zeros((*vector.shape[:-1], size), vector.dtype)
+        for begin, end, there in self.pieces:
+            padded = jax.lax.dynamic_update_slice_in_dim(padded, vector[..., begin:end], there, -1)
+        return padded

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
+from .._normal import standard_normal
 from ..losses import mse
 from .task import Task
 
@@ -44,7 +45,7 @@ def single_index(link: Callable[[Array], Array], in_size: int, samples: int, *, 
     _check.whole_number("in_size", in_size)
     _check.whole_number("samples", samples)
     key_x, key_v = jax.random.split(key)
-    x = jax.random.normal(key_x, (samples, in_size))
-    v = jax.random.normal(key_v, (in_size,))
+    x = standard_normal(key_x, (samples, in_size))
+    v = standard_normal(key_v, (in_size,))
     y = link(jnp.matmul(x, v / jnp.linalg.norm(v), precision="highest"))[:, None]
     return Task(x, y, mse)
