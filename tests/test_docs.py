@@ -113,6 +113,7 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SADDLEJAX_SEEDS", "1")  # of the sweep
     matplotlib.use("Agg")
     runpy.run_path(str(notebook))
+    assert matplotlib.pyplot.get_fignums(), "a notebook draws what it finds"
     matplotlib.pyplot.close("all")
 
 

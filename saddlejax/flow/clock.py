@@ -60,7 +60,9 @@ class PlateauField(eqx.Module):
 
     def _velocity(self, state: FlowState, rate: FlowState) -> list[Array]:
         """`dW_l/ds`."""
-        return jax.jvp(lambda c: c.weights(), (state.coordinates,), (rate.coordinates,))[1]
+        here = state.coordinates
+        velocities = here.shapes.split(here.velocity(rate.coordinates))
+        return [unit * v for unit, v in zip(jnp.exp(here.log_units), velocities, strict=True)]
 
     def growth(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
         """`d log‖∇𝓛‖/ds = −τ ∇𝓛ᵀH∇𝓛/‖∇𝓛‖²`, from one second derivative along the flow (forward over forward)."""

@@ -122,7 +122,8 @@ class _Layout(NamedTuple):
         # The first layers; the last one and the first units; the last unit, the time and the drifts; the loss.
         ends = [shapes.size - last, shapes.size + depth - 1, FlowState.size(shapes) - 1, FlowState.size(shapes)]
         shifts = [0, layers, layers + missing, layers + 2 * missing]
-        pieces = [(begin, end, begin + shift) for begin, end, shift in zip([0, *ends], ends, shifts, strict=False)]
+        begins = [0, *ends[:-1]]
+        pieces = [(begin, end, begin + shift) for begin, end, shift in zip(begins, ends, shifts, strict=True)]
         return cls(shapes, all_shapes, tuple(pieces))
 
     def remove(self, state: FlowState) -> FlowState:
