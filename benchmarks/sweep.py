@@ -112,11 +112,15 @@ def throughput(options: argparse.Namespace) -> tuple[list[common.Table], dict[st
     for count in sorted({1, cores}):
         command = [sys.executable, __file__, "--cores", str(count), "--seeds", str(options.seeds)]
         command += ["--samples", str(options.samples[0])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         on_cores[count] = json.loads(done.stdout.splitlines()[-1])
     notes = [
         f"Matrix products: {products / 1e9:.0f} Gflop/s on {cores} cores. Slots of a refilled batch of 8 that work on a lane: {busy:.0%}."
     ]
+    if jax.default_backend() != "cpu":
+        faster = rows["sweep"]["rate"] / max(on_cores[cores].values())
+        notes.append(f"{jax.devices()[0].device_kind}: {faster:.1f} times the lanes a second of {cores} cores.")
     tables = [
         common.Table(
             f"Flows of depths 2 to 6 on {cores} cores, {options.samples[0]} samples",

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are as many as the cores
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # and share the memory of a GPU
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that later versions end the process for
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

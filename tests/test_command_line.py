@@ -44,6 +44,8 @@ def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
     done = run("direction", "--depth", "2", "--depth", "3", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "saddlejax-direction" / "directions.json").read_text())
+    assert kept["options"]["width"] == 6 and kept["versions"]["jax"] == jax.__version__
+    kept = kept["directions"]
     assert [one["depth"] for one in kept] == [2, 3]
     assert kept[0]["speed"] == pytest.approx(kept[1]["speed"]) and kept[0]["speed"] > 0
     assert f"{kept[1]['speed']:.9f}" in done.stdout
@@ -55,6 +57,8 @@ def test_staircase_writes_a_table_a_figure_and_the_numbers(tmp_path, monkeypatch
     done = CliRunner().invoke(app, ("staircase", "--depth", "2", "--width", "4", "--scale", "1e-4", "--no-polish"))
     assert done.exit_code == 0, done.output
     kept = json.loads((tmp_path / "saddlejax-staircase" / "staircase.json").read_text())
+    assert kept["options"]["scale"] == 1e-4 and kept["versions"]["jax"] == jax.__version__
+    kept = kept["plateaus"]
     np.testing.assert_allclose([p["loss"] for p in kept], [10.625, 2.625, 0.625, 0.125], rtol=1e-2)
     assert kept[0]["log_start"] is None
     assert (tmp_path / "saddlejax-staircase" / "staircase.png").stat().st_size > 10_000

@@ -1,13 +1,17 @@
 """What all commands share: the application, the console, progress bars and errors."""
 
+import json
 from importlib import metadata
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import matplotlib
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..sweep.describe import versions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,3 +52,9 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def write_numbers(path: Path, context: typer.Context, **results: Any) -> None:
+    """Write results as JSON, with the options of the command and the versions that computed them."""
+    numbers = {**results, "options": context.params, "versions": versions()}
+    path.write_text(json.dumps(numbers, indent=2, default=str))

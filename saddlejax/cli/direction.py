@@ -1,6 +1,5 @@
 """Optimal escape directions over depth."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +8,12 @@ import matplotlib.pyplot as plt
 import typer
 
 from .. import plot, saddle, tasks
-from .app import app, console, fail, progress_bar
+from .app import app, console, fail, progress_bar, write_numbers
 
 
 @app.command(short_help="Optimal escape directions, over depth.")
 def direction(
+    context: typer.Context,
     data: Annotated[str, typer.Option(help="As for saddlejax escape.")] = "digits",
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
@@ -57,7 +57,7 @@ def direction(
         fail(error)
     console.print(saddle.directions_table(found))
     numbers, figure = out / "directions.json", out / "directions.png"
-    numbers.write_text(json.dumps([saddle.record(best) for best in found], indent=2))
+    write_numbers(numbers, context, directions=[saddle.record(best) for best in found])
     canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     plot.directions(found, axes)
     canvas.savefig(figure, dpi=160)

@@ -1,6 +1,5 @@
 """A network's way from saddle to saddle."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -20,13 +19,14 @@ from ..flow.result import power_of_ten
 from ..networks import MLP, scale_layers
 from ..staircase import Plateaus
 from ..tasks.task import zero_loss
-from .app import app, console, fail, progress_bar
+from .app import app, console, fail, progress_bar, write_numbers
 
 CHECK = 3.0
 
 
 @app.command(short_help="One network, from saddle to saddle.")
 def staircase(
+    context: typer.Context,
     activation: Annotated[
         str, typer.Option(help="Activation; 'identity' makes a linear network, the textbook staircase.")
     ] = "identity",
@@ -91,7 +91,7 @@ def staircase(
     if polish:
         console.print(_saddle_table(found))
     numbers, figure = out / "staircase.json", out / "staircase.png"
-    numbers.write_text(json.dumps(found.record(), indent=2))
+    write_numbers(numbers, context, plateaus=found.record())
     canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
     plot.staircase(flow, axes, layer=layer)
     canvas.savefig(figure, dpi=160)

@@ -18,7 +18,7 @@ from ..tasks.task import Task, check_fits, match_precision
 from .integrate import Integration, integrate
 from .method import AbstractMethod, Explicit, Exponential
 from .record import Save
-from .result import Flow, imbalance_residual, trim
+from .result import Flow, trim
 from .status import Status
 from .until import AbstractUntil, Escape
 
@@ -156,7 +156,7 @@ def _flow(end: Integration, target: str, method: str) -> Flow:
         layer_norms=rows.layer_norms,
         singular_values=rows.singular_values,
         imbalance=rows.imbalance,
-        imbalance_residual=imbalance_residual(rows, end.first_imbalance),
+        imbalance_residual=end.imbalance_residual,
         weights=rows.weights,
         net=end.net,
         stats={

@@ -14,7 +14,7 @@ from ..tasks.task import Task, zero_loss
 from .clock import PlateauField, start
 from .crossing import crossing
 from .method import AbstractMethod
-from .record import Row, Save, empty_rows, row
+from .record import Row, Save, empty_rows, imbalance_residual, row
 from .state import FlowState
 from .status import Status
 from .stepping import StepSize, first_step_size, influence, next_step_size
@@ -60,7 +60,7 @@ class Integration(NamedTuple):
     net: AbstractNetwork
     rows: Row
     row_count: Int[Array, ""]
-    first_imbalance: Float[Array, " hidden"]
+    imbalance_residual: Float[Array, "rows hidden"]
     steps: Int[Array, ""]
     rejected_steps: Int[Array, ""]
     gradient_evaluations: Int[Array, ""]
@@ -241,7 +241,7 @@ def _integrate(
         net=field.state_net(state),
         rows=rows,
         row_count=count,
-        first_imbalance=first.imbalance,
+        imbalance_residual=imbalance_residual(rows, first.imbalance),
         steps=p.accepted,
         rejected_steps=p.attempts - p.accepted,
         gradient_evaluations=1 + p.gradients + ended * recalled.gradients + curvature * evaluations + extra_rows,

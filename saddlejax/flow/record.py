@@ -90,6 +90,13 @@ def row(save: Save, field: PlateauField, state: FlowState, rate: FlowState, step
     )
 
 
+def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array, "rows hidden"]:
+    """`Δ(t) − Δ(0) − ∫ rate dt` relative to the squared norms of the two layers concerned."""
+    squares = jnp.square(rows.layer_norms)
+    size = squares[..., 1:] + squares[..., :-1]
+    return (rows.imbalance - first - rows.imbalance_drift) / jnp.where(size == 0, 1, size)
+
+
 def empty_rows(like: Row, rows: int) -> Row:
     """Room for so many rows, filled with NaN (counts with −1)."""
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from .. import _check
 from ..networks import AbstractNetwork, Weights
 from ..tasks.task import Task
-from .record import Row
 from .status import Status
 
 if TYPE_CHECKING:
@@ -84,13 +83,6 @@ class Flow(eqx.Module):
         if not _check.is_concrete(self.status):
             return "Flow (being traced)"
         return _summary(self) if self.losses.ndim == 1 else _batch_summary(self)
-
-
-def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array, "rows hidden"]:
-    """`Δ(t) − Δ(0) − ∫ rate dt` relative to the squared norms of the two layers concerned."""
-    squares = jnp.square(rows.layer_norms)
-    size = squares[..., 1:] + squares[..., :-1]
-    return (rows.imbalance - first - rows.imbalance_drift) / jnp.where(size == 0, 1, size)
 
 
 def trim(flow: Flow, rows: int) -> Flow:
