@@ -23,6 +23,8 @@ def positive_number(argument: str, value: Any, remedy: str = "") -> None:
     """Refuse anything but positive finite real numbers; traced values pass."""
     if not is_concrete(value):
         return
+    if isinstance(value, str):
+        raise fail(argument, "be a positive number", repr(value), remedy)
     try:
         array = np.asarray(value, dtype=float)
     except (TypeError, ValueError):

@@ -38,12 +38,17 @@ def test_escape_writes_a_table_a_figure_and_the_numbers(tmp_path):
     assert (tmp_path / "saddlejax-escape" / "escape_times.png").stat().st_size > 10_000
 
 
+def strict_json(path):
+    """What a file holds, which knows no NaN and no infinities."""
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 def test_direction_writes_a_table_a_figure_and_the_numbers(tmp_path):
     # tanh, where the search is a closed form: that for ReLU is tested in test_saddle_direction.py.
     options = ("--activation", "tanh", "--width", "6", "--starts", "2", "--samples", "200")
     done = run("direction", "--depth", "2", "--depth", "3", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    kept = json.loads((tmp_path / "saddlejax-direction" / "directions.json").read_text())
+    kept = strict_json(tmp_path / "saddlejax-direction" / "directions.json")
     assert kept["options"]["width"] == 6 and kept["versions"]["jax"] == jax.__version__
     kept = kept["directions"]
     assert [one["depth"] for one in kept] == [2, 3]
@@ -56,7 +61,7 @@ def test_staircase_writes_a_table_a_figure_and_the_numbers(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ("staircase", "--depth", "2", "--width", "4", "--scale", "1e-4", "--no-polish"))
     assert done.exit_code == 0, done.output
-    kept = json.loads((tmp_path / "saddlejax-staircase" / "staircase.json").read_text())
+    kept = strict_json(tmp_path / "saddlejax-staircase" / "staircase.json")
     assert kept["options"]["scale"] == 1e-4 and kept["versions"]["jax"] == jax.__version__
     kept = kept["plateaus"]
     np.testing.assert_allclose([p["loss"] for p in kept], [10.625, 2.625, 0.625, 0.125], rtol=1e-2)

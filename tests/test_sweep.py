@@ -76,6 +76,7 @@ def test_the_dataset_is_ready_to_use(results):
     assert results.log_escape_time.dims == ("activation", "depth", "bottleneck", "scale", "seed")
     assert "seed" in results.attrs["seed_convention"] and results.attrs["width"] == "6"
     assert results.attrs["until"] == "loss at 0.5 of its value at zero weights"
+    assert "0.0001 for smooth" in results.attrs["rtol"] and "0.0002 where" in results.attrs["rtol"]
     assert results.top.attrs["long_name"] == "The largest singular value of every layer at the end."
     assert all(results[name].attrs["long_name"] for name in (*results.data_vars, "depth", "scale"))
     assert len(results.to_dataframe()) > 0
@@ -199,6 +200,8 @@ def test_the_command_runs_a_file_and_goes_on_with_it(tmp_path):
     other = CliRunner().invoke(app, ["sweep", str(file)])
     assert other.exit_code == 2
     assert "until: time 1.0 in the store, time 2.0 asked for" in " ".join(other.output.split())
+    file.write_text(SPECIFICATION.replace("width = 3", "breadth = 3"))
+    assert "[grid] in" in " ".join(CliRunner().invoke(app, ["sweep", str(file)]).output.split())
 
 
 @pytest.mark.parametrize(
@@ -228,10 +231,12 @@ def test_files_with_mistakes_say_what_they_are(tmp_path, old, new, words):
         ({"depth": 0}, "depth must be a whole number"),
         ({"bottleneck": 4}, "bottleneck must choose among the 3 layers"),
         ({"scale": [1e-1, -1.0]}, "scale must be positive"),
+        ({"scale": "0.1"}, "scale must be a positive number"),
         ({"activation": "rello"}, "activation must be one of"),
         ({"until": 3.0}, "until must be"),
         ({"seed": [0.5]}, "seed must be a whole number"),
         ({"measure": {"final_loss": len}}, "measure must name new"),
+        ({"measure": [len]}, "measure must be a dictionary"),
         ({"of": len}, "of must be saddlejax.gradient_flow"),
         ({"task": None}, "task must be a saddlejax.Task"),
         ({"rtol": [None, 1e-3]}, "rtol must be a number, a list"),
@@ -246,7 +251,7 @@ def test_grids_that_make_no_sense_are_refused(change, words):
 
 
 def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="no argument 'learning_rate'"):
+    with pytest.raises(TypeError, match=r"no argument 'learning_rate'; it takes width, .* scale"):
         sj.sweep(TASK, width=4, depth=3, learning_rate=0.1)
 
 

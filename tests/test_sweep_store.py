@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_damaged_blocks_are_computed_again_and_no_others(tmp_path):
     cut.write_bytes(cut.read_bytes()[:5])
     gone.unlink()
     log.unlink()
-    with pytest.warns(UserWarning, match="3 damaged blocks"):
+    with pytest.warns(UserWarning, match="damaged blocks, 3 in number"):
         again = run(problem, path)
     xr.testing.assert_identical(again, first)
     assert lanes_in(log) == Counter(["0", "1", "12", "13", "24"])
@@ -85,6 +86,12 @@ def test_a_store_is_refused_that_holds_another_sweep_or_something_else(tmp_path)
     with pytest.raises(ValueError, match="new folder or one that a sweep wrote"):
         run(ToyProblem(), tmp_path / "other")
     assert (tmp_path / "other" / "letter.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "a.zarr" / "value")
+    with pytest.raises(ValueError, match=r"a\.zarr/value is missing or damaged"):
+        run(ToyProblem(), tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"or its zarr\.json is damaged"):
+        run(ToyProblem(), tmp_path / "a.zarr")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_at_once(tmp_path):

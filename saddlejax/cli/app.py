@@ -1,6 +1,7 @@
 """What all commands share: the application, the console, progress bars and errors."""
 
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ import jax
 import matplotlib
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..sweep.describe import versions
@@ -38,7 +40,7 @@ def version() -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Print an error and end with exit status 2."""
-    console.print(f"[red]error:[/red] {error}", highlight=False)
+    console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
     raise typer.Exit(2) from None
 
 
@@ -55,6 +57,17 @@ def progress_bar() -> Progress:
 
 
 def write_numbers(path: Path, context: typer.Context, **results: Any) -> None:
-    """Write results as JSON, with the options of the command and the versions that computed them."""
+    """Write results as JSON, with the options of the command and the versions that computed them.
+
+    JSON knows neither infinities nor NaN: they are null.
+    """
     numbers = {**results, "options": context.params, "versions": versions()}
-    path.write_text(json.dumps(numbers, indent=2, default=str))
+    path.write_text(json.dumps(_finite(numbers), indent=2, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -61,6 +61,9 @@ def sweep(
             results = run_sweep(task, **arguments, executor=executor, on_progress=show)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
     counts = results.status.to_series().value_counts()
     for status, count in counts.items():
         console.print(f"{count:8d}  {status}", highlight=False)
@@ -83,7 +86,7 @@ def _executor(cluster: str | None) -> Iterator[Executor | None]:
 
 
 def _outcome(done: Done) -> str:
-    words = [f"{done.rate:.3g}/s"] if done.rate > 0 else ["compiling"]
+    words = [f"{done.rate:.3g}/s"] if done.rate > 0 else ["compiling"] if done.done < done.lanes else []
     words += [f"{done.kept} kept"] if done.kept else []
     words += [f"{done.retries} blocks tried again"] if done.retries else []
     return ", ".join([*words, f"{done.failed} failed"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..flow import Save, Status
+from ..flow.gradient_flow import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
 from ..tasks.task import Task
 from .describe import describe_function, describe_task
 from .grid import Grid, argument_values
@@ -22,6 +23,8 @@ SEEDS = (
     "lane of seed s, depth L: MLP([inputs, width, …, width, outputs], activation, key=jax.random.key(s), dtype=dtype) "
     "with L weight matrices; scale_layers(net, scale, layers) with the layers of the bottleneck"
 )
+
+DEFAULT_TOLERANCES = f"{SMOOTH_RTOL:g} for smooth activations ({STIFF_RTOL:g} where stiff), {KINKED_RTOL:g} where the slope jumps at zero"
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class FlowProblem(AbstractProblem):
     def attributes(self) -> dict[str, str]:
         """Provenance for the attributes of the results."""
         known = {name: str(_plain(name, value)) for name, value in self.fixed if value is not None}
+        if None in self._values("rtol"):
+            known["rtol"] = DEFAULT_TOLERANCES
         return {"quantity": "gradient flow", "task": str(self.task), **known, "seed_convention": SEEDS}
 
 

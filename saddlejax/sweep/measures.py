@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .. import _check
 from ..flow import Flow
 from ..saddle import EscapeDirection, low_rank_margin
 
@@ -111,6 +112,8 @@ DIRECTION_VARIABLES = {
 
 def custom(measure: dict[str, Callable[[Any], Array]] | None, known: dict[str, Variable]) -> dict[str, Variable]:
     """The measurements of a user added to the known ones."""
+    if not isinstance(measure, dict | None):
+        raise _check.fail("measure", "be a dictionary of functions by name", repr(measure), "measure={'top': function}")
     added = {}
     for name, function in (measure or {}).items():
         if not isinstance(name, str) or not name.isidentifier() or name in (*known, "status"):

@@ -35,8 +35,19 @@ class ZarrStore:
             self._create(block_shape)
         self.attributes = self._check_specification()
         with zarr.config.set({"array.write_empty_chunks": True}):  # a block of NaN is a file as well
-            self.arrays = {name: zarr.open_array(self.path / name, mode="r+") for name in (*problem.outputs, STATUS)}
+            self.arrays = {name: self._open(name) for name in (*problem.outputs, STATUS)}
         self.block_shape = tuple(self.arrays[STATUS].chunks)
+
+    def _open(self, name: str) -> zarr.Array:
+        try:
+            return zarr.open_array(self.path / name, mode="r+")
+        except PermissionError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"store must be whole, but {self.path / name} is missing or damaged ({error}). Restore that folder, or "
+                "choose another store."
+            ) from error
 
     def _create(self, block_shape: Sequence[int]) -> None:
         """Make the store complete but for its blocks under another name, then rename it."""
@@ -101,7 +112,8 @@ class ZarrStore:
             raise
         except Exception as error:
             raise ValueError(
-                f"store must be a new folder or one that a sweep wrote, but {self.path} is neither ({error})."
+                f"store must be a new folder or one that a sweep wrote, but {self.path} is neither, or its zarr.json is "
+                f"damaged ({error}). Choose another store."
             ) from error
         asked = json.loads(json.dumps(self.problem.specification()))
         differing = differences(stored, asked)
@@ -125,8 +137,8 @@ class ZarrStore:
         if damaged:
             places = ", ".join(str(self._file(STATUS, block).relative_to(self.path)) for block in damaged[:5])
             warnings.warn(
-                f"{self.path} has {len(damaged)} damaged blocks ({places}{', …' if len(damaged) > 5 else ''}), which are "
-                "computed again.",
+                f"{self.path} holds damaged blocks, {len(damaged)} in number, which are computed again: those of {places}"
+                f"{', …' if len(damaged) > 5 else '.'}",
                 stacklevel=4,
             )
         return missing

@@ -87,10 +87,10 @@ def sweep(
     - `on_progress`: called with a `saddlejax.sweep.Progress` after every block.
 
     **Returns:** an `xarray.Dataset` with dimensions `activation`, `depth`, `bottleneck`, `scale`, `seed` (of length one
-    where one value was given) and those of other lists; `status` in words; the measurements in
-    `saddlejax.sweep.FLOW_VARIABLES` or `DIRECTION_VARIABLES` and those of `measure`, with meaning and unit; versions,
-    device, tolerances and the convention of seeds in its attributes. In the coordinate `bottleneck`, 0 stands for all
-    layers.
+    where one value was given) and those of other lists; `status` in words; the measurements (those that
+    `from saddlejax.sweep import FLOW_VARIABLES, DIRECTION_VARIABLES` describes) and those of `measure`, with meaning and
+    unit; versions, device, tolerances and the convention of seeds in its attributes. In the coordinate `bottleneck`, 0
+    stands for all layers.
 
     **Raises:** `ValueError` for a grid or options that make no sense, and for a store that holds another sweep: the
     message says what differs. `OSError` where the store cannot be written: nothing already written is lost.
@@ -170,7 +170,7 @@ def _flows(
     batch: int | None,
 ) -> FlowProblem:
     known = ("until", "rtol", "dtype", "max_steps", "solver", "stiff")
-    _refuse_unknown(options, (*known, "save"), "gradient_flow")
+    _refuse_unknown(options, ("width", *ALWAYS, *known, "save", "measure"), "gradient_flow")
     given = {name: options[name] for name in known if name in options}
     dtypes = [str(jnp.result_type(task.x.dtype, float))] if given.get("dtype") is None else _listed(given["dtype"])
     for value in dtypes:
@@ -221,7 +221,7 @@ def _directions(
     measure: dict[str, Measure] | None,
     options: dict[str, Any],
 ) -> DirectionProblem:
-    _refuse_unknown(options, ("starts",), "escape_direction")
+    _refuse_unknown(options, ("width", "depth", "activation", "seed", "starts", "measure"), "escape_direction")
     starts = options.get("starts", 16)
     _check.whole_number("starts", starts)
     axes = {**_shape_axes(task, width, depth, activation), "seed": _seed_axis(seed, together=True)}
