@@ -1,7 +1,5 @@
 """The four classes of activations, from their behaviour at zero."""
 
-import functools
-
 import equinox as eqx
 import numpy as np
 
@@ -139,12 +137,7 @@ def value_at_zero(activation: str | Activation) -> float:
 
     Where `σ` jumps at zero, the one of its two limits that is further from zero.
     """
-    return _value_at_zero(resolve_activation(activation))
-
-
-@functools.lru_cache(maxsize=256)
-def _value_at_zero(function: Activation) -> float:
-    middle, *sides = evaluate(function, np.array([0.0, -_NEXT_TO_ZERO, _NEXT_TO_ZERO]))[0]
+    middle, *sides = evaluate(resolve_activation(activation), np.array([0.0, -_NEXT_TO_ZERO, _NEXT_TO_ZERO]))[0]
     jumps = [float(side) for side in sides if abs(side - middle) > 1e-8]
     return max([float(middle), *jumps], key=abs)
 
@@ -154,7 +147,6 @@ def slope_jumps_at_zero(activation: str | Activation) -> bool:
     return _common_slope(resolve_activation(activation)) is None
 
 
-@functools.lru_cache(maxsize=256)
 def _common_slope(function: Activation) -> float | None:
     """The limit of `σ'(z)` as `z → 0` if both sides have the same."""
     slopes = evaluate(function, np.append(_CLOSE, [-1.0, 1.0]), order=1)[1].astype(np.float64)

@@ -199,6 +199,18 @@ def test_while_tracing(any_precision):
     assert jax.lax.scan(lambda c, _: (function(c), None), 0.0, length=2)[0] == 3.0
 
 
+class ScaledTanh:
+    """An activation with a parameter, which cannot be hashed."""
+
+    __hash__ = None
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, z):
+        return jnp.tanh(self.scale * z)
+
+
 def test_slopes_and_values_at_zero(any_precision):
     for name, function in sj.ACTIVATIONS.items():
         assert slope_jumps_at_zero(function) == (name in {"relu", "leaky_relu", "abs", "selu", "relu6"}), name
@@ -209,6 +221,8 @@ def test_slopes_and_values_at_zero(any_precision):
     # Zero at zero only, and not next to it: a step up on the right, down on the left.
     assert value_at_zero(lambda z: jnp.where(z > 0, z + 0.25, z)) == 0.25
     assert value_at_zero(lambda z: jnp.where(z < 0, -0.5, jnp.tanh(z))) == -0.5
+    scaled = ScaledTanh(2.0)
+    assert value_at_zero(scaled) == 0 and not slope_jumps_at_zero(scaled)
 
 
 def test_summary():
