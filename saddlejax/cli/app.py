@@ -10,8 +10,8 @@ import jax
 import matplotlib
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ..sweep.describe import versions
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: paragraphs are filled, and what stands in brackets is shown
     help="How deep networks leave the plateaus of training from small weights.",
 )
-console = Console()
+console = Console(markup=False)  # what stands in brackets, in paths and messages, is shown
 
 
 @app.callback()
@@ -40,7 +40,7 @@ def version() -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Print an error and end with exit status 2."""
-    console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+    console.print(Text.assemble(("error:", "red"), f" {error}"))
     raise typer.Exit(2) from None
 
 
