@@ -113,7 +113,9 @@ DIRECTION_VARIABLES = {
 def custom(measure: dict[str, Callable[[Any], Array]] | None, known: dict[str, Variable]) -> dict[str, Variable]:
     """The measurements of a user added to the known ones."""
     if not isinstance(measure, dict | None):
-        raise _check.fail("measure", "be a dictionary of functions by name", repr(measure), "Write measure={'top': function}.")
+        raise _check.fail(
+            "measure", "be a dictionary of functions by name", repr(measure), "Write measure={'top': function}."
+        )
     added = {}
     for name, function in (measure or {}).items():
         if not isinstance(name, str) or not name.isidentifier() or name in (*known, "status"):
