@@ -163,7 +163,9 @@ def _descend(
             "gradient_evaluations": jnp.asarray(steps + rows + 1),
             "escape_step": jnp.where(escaped, peak.step, -1),
         },
-        target=f"{steps} steps are taken",
+        resolved=jnp.asarray(True),
+        until=None,
+        rtol=None,
         method="discrete steps of an optax optimiser: the imbalance error is their departure from gradient flow",
     )
 

@@ -12,6 +12,7 @@ import scipy
 from . import _check
 from .activation_classes import slope_jumps_at_zero
 from .flow.result import Flow, power_of_ten
+from .flow.rounding import log_gradient_rounding, log_sensitivity
 from .flow.status import Status
 from .networks import AbstractNetwork
 from .stationary import StationaryPoint, nearby_stationary_point
@@ -19,6 +20,7 @@ from .tasks.task import Task
 
 RANK_TOLERANCE = 0.1
 E_FOLD = 1.0
+SAME_LOSS = 1e-7
 
 
 class Plateau(eqx.Module):
@@ -127,14 +129,15 @@ def plateaus(
     A plateau is a local minimum of `‖∇𝓛‖` along the flow; it lasts from the steepest descent before it to the steepest
     descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Of neighbouring extrema of `‖∇𝓛‖²` that differ
     by less than a factor e, the unit of the logarithm, the flatter pair is merged first, until none is left. The end
-    of a flow that is still slowing down is no plateau. Where the gradient jumps at kinks, `‖∇𝓛‖` also has minima that
-    mean nothing; so from one plateau to the next the loss must fall faster, on the whole, than the geometric mean of
-    `‖∇𝓛‖²` on both.
+    of a flow that is still slowing down is no plateau; a flow that has come to rest, whose gradient is nothing but
+    rounding, ends on one plateau, the last, without an end. Where the gradient jumps at kinks, or an explicit step is
+    bounded by stability, `‖∇𝓛‖` also has minima that mean nothing. So from one plateau to the next the loss must fall by
+    more than 1e-7 of itself, and faster, on the whole, than the geometric mean of `‖∇𝓛‖²` on both.
 
     **Arguments:**
 
     - `flow`: of [`saddlejax.gradient_flow`][], with a row a step (the default) or at many times.
-    - `task`: the task of the flow; needed only where the flow comes out of `jit` or `vmap`.
+    - `task`: the task of the flow; needed where the flow does not know it, see [`saddlejax.Flow`][].
     - `polish`: also search for the stationary points nearby. Needs the weights: `save=Save(weights=True)`.
     - `check`: the same flow at another tolerance, to see how far the times can be trusted.
     - `rank_tolerance`: singular values count towards the rank of a layer where they exceed this part of the largest that
@@ -166,8 +169,9 @@ def plateaus(
     _check.positive_number("rank_tolerance", rank_tolerance)
 
     known = np.flatnonzero(np.isfinite(np.asarray(flow.losses)))
-    log_times = np.asarray(flow.log_times)[known]
-    slopes = 2 * np.log(np.maximum(np.asarray(flow.gradient_norms)[known], np.finfo(float).tiny))
+    log_times = np.asarray(flow.log_times, float)[known]
+    log_gradients, rounding = _log_gradients(flow, known)
+    slopes = 2 * np.maximum(log_gradients, rounding)
     spectra = [np.asarray(values)[known] for values in flow.singular_values]
     scale = None
     if task is not None and flow.weights is not None:
@@ -176,6 +180,12 @@ def plateaus(
     bottoms, heights = _left_for_good(bottoms, heights, log_times, np.asarray(flow.losses)[known], slopes)
     stretches = itertools.pairwise([*bottoms, len(known)])
     escapes = [_steepest(log_times, slopes, first, last) for first, last in stretches]
+    ends = [_end(flow, log_times, escape) for escape in escapes]
+    at_rest = _rest(flow, log_gradients <= rounding)
+    if at_rest is not None and (not bottoms or np.isfinite(ends[-1])):
+        heights.append(float(np.max(slopes[(bottoms or [0])[-1] :]) - slopes[at_rest]))
+        bottoms.append(at_rest)
+        ends.append(np.inf)
     levels = _levels(flow, [int(known[bottom]) for bottom in bottoms])
     errors = [
         None if check is None else crossing_log_time(check, level) - crossing_log_time(flow, level) for level in levels
@@ -190,14 +200,14 @@ def plateaus(
         found.append(
             Plateau(
                 log_start=float(log_times[escapes[i - 1]]) if i else -np.inf,
-                log_end=_end(flow, log_times, escapes[i]),
+                log_end=ends[i],
                 log_time=float(log_times[bottom]),
                 row=row,
                 loss=float(flow.losses[row]),
                 gradient_norm=float(flow.gradient_norms[row]),
                 prominence=height,
                 ranks=ranks,
-                stable_ranks=tuple(float(np.sum((s[bottom] / s[bottom, 0]) ** 2)) for s in spectra),
+                stable_ranks=tuple(_stable_rank(s[bottom]) for s in spectra),
                 bottleneck_rank=(min(lowest, *ranks), min(ranks)),
                 saddle=nearby_stationary_point(_at(flow, row), task) if polish and task is not None else None,
                 log_end_error=errors[i],
@@ -205,6 +215,28 @@ def plateaus(
         )
     kinked = flow.net.depth > 1 and slope_jumps_at_zero(flow.net.activation)
     return Plateaus(tuple(found), rank_tolerance, known_roughly=kinked and check is None)
+
+
+def _log_gradients(flow: Flow, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`log ‖∇𝓛‖` row by row, and what may be nothing but rounding of it."""
+    gradients, norms = np.asarray(flow.gradient_norms)[rows], np.asarray(flow.layer_norms)[rows]
+    logs = np.log(np.maximum(gradients, np.finfo(gradients.dtype).tiny))
+    with np.errstate(divide="ignore"):  # layers may be zero
+        sensitivity = log_sensitivity(np.log(norms))
+    return logs, log_gradient_rounding(np.max(logs - sensitivity), sensitivity)
+
+
+def _rest(flow: Flow, is_rounding: np.ndarray) -> int | None:
+    """The row from which on the flow is at rest; None where it is not at its end."""
+    if is_rounding[-1]:
+        return int(np.flatnonzero(~is_rounding)[-1]) + 1 if not is_rounding.all() else 0
+    rests = flow.status in (Status.stationary, Status.below_rounding)
+    return len(is_rounding) - 1 if rests else None
+
+
+def _stable_rank(values: np.ndarray) -> float:
+    """`‖W‖_F²/‖W‖_op²` from the singular values, largest first; 0 for a layer that is zero."""
+    return float(np.sum((values / values[0]) ** 2)) if values[0] > 0 else 0.0
 
 
 def _bottoms(slopes: np.ndarray) -> tuple[list[int], list[float]]:
@@ -237,7 +269,10 @@ def _left_for_good(
             # log(t_1 − t_0), where the times themselves may overflow.
             length = log_times[ends] + np.log1p(-np.exp(log_times[bottoms] - log_times[ends]))
         there = 0.5 * (slopes[bottoms] + slopes[[*bottoms[1:], bottoms[-1]]])
-        gain = fall - length - there
+        # Rather for ever at one loss than from plateau to plateau.
+        gain = np.where(
+            losses[bottoms] - losses[ends] > SAME_LOSS * np.abs(losses[bottoms]), fall - length - there, -np.inf
+        )
         worst = int(np.argmin(gain))
         if gain[worst] > 0:
             break
@@ -265,12 +300,16 @@ def crossing_log_time(flow: Flow, level: float) -> float:
     if len(below) == 0:
         return np.nan
     rows = [max(int(below[0]) - 1, 0), int(below[0])]
-    times, slopes = np.asarray(flow.times)[rows], -np.square(np.asarray(flow.gradient_norms)[rows])
+    # In units of the later time, since times and squares of gradients may overflow and underflow.
+    unit = float(flow.log_times[rows[1]])
+    times = np.exp(np.asarray(flow.log_times, float)[rows] - unit)
+    with np.errstate(divide="ignore"):
+        slopes = -np.exp(2 * np.log(np.asarray(flow.gradient_norms, float)[rows]) + unit)
     if not times[1] > times[0]:
-        return float(np.log(times[1]))
-    curve = scipy.interpolate.CubicHermiteSpline(times, losses[rows] - level, slopes)
+        return unit
+    curve = scipy.interpolate.CubicHermiteSpline(times, losses[rows].astype(float) - level, slopes)
     roots = [time for time in curve.roots(extrapolate=False) if times[0] <= time <= times[1]]
-    return float(np.log(roots[0] if roots else times[1]))
+    return unit + float(np.log(roots[0] if roots else times[1]))
 
 
 def _end(flow: Flow, log_times: np.ndarray, escape: int) -> float:

@@ -16,6 +16,7 @@ KRYLOV_SIZE = 48
 RELAXED, TIGHTENED = 0.1, 10.0
 SOLVED = 1e-3
 CONVERGED = 1e-3
+ROUNDING = 100
 
 
 class StationaryPoint(eqx.Module):
@@ -23,7 +24,8 @@ class StationaryPoint(eqx.Module):
 
     - `net`: the network there.
     - `loss`, `gradient_norm`: `𝓛` and what is left of `‖∇𝓛‖`; `converged`: whether that is less than a thousandth of what
-      it was where the search began. Where not, there is no stationary point that the search could reach.
+      it was where the search began, or within a hundred times its rounding. Where not, there is no stationary point that
+      the search could reach.
     - `distance`: how far it is from where the search began, `‖θ − θ_0‖`.
     - `lowest_eigenvalue`, `highest_eigenvalue`: of the Hessian, from a Krylov space of 48 vectors, so that the true ones
       lie further out if anywhere. A strict saddle has a negative one.
@@ -73,12 +75,14 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     slope = jax.grad(lambda flat: task_loss(net.with_weights(unravel(flat)), task))
     first = safe_norm(slope(start))
 
+    def rounding(point: Array, curvature: Array) -> Array:
+        """That of the gradient is that of the weights, seen through the Hessian."""
+        return jnp.finfo(start.dtype).eps * jnp.where(jnp.isfinite(curvature), curvature * safe_norm(point), 0)
+
     def unfinished(carry: tuple) -> Array:
         point, gradient, damping, curvature, iterations, _ = carry
-        # The rounding of the gradient is that of the weights, seen through the Hessian.
-        rounding = jnp.finfo(start.dtype).eps * jnp.where(jnp.isfinite(curvature), curvature * safe_norm(point), 0)
         stuck = damping > jnp.square(curvature)
-        return (safe_norm(gradient) > rounding) & ~stuck & (iterations < max_iterations)
+        return (safe_norm(gradient) > rounding(point, curvature)) & ~stuck & (iterations < max_iterations)
 
     def improve(carry: tuple) -> tuple:
         point, gradient, damping, _, iterations, products = carry
@@ -112,12 +116,13 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     _, product = jax.linearize(slope, point)
     noise = jax.random.normal(jax.random.key(0), point.shape, point.dtype)
     lowest, highest = extreme_eigenvalues(product, noise, KRYLOV_SIZE)
+    curvature = jnp.maximum(jnp.abs(lowest), jnp.abs(highest))  # along the gradient it may be much smaller
     end = net.with_weights(unravel(point))
     return StationaryPoint(
         net=end,
         loss=task_loss(end, task),
         gradient_norm=safe_norm(gradient),
-        converged=safe_norm(gradient) <= CONVERGED * first,
+        converged=safe_norm(gradient) <= jnp.maximum(CONVERGED * first, ROUNDING * rounding(point, curvature)),
         distance=safe_norm(point - start),
         lowest_eigenvalue=lowest,
         highest_eigenvalue=highest,

@@ -36,6 +36,12 @@ class Coordinates(eqx.Module):
         moved = squares > 0
         return jnp.where(moved, jnp.exp(self.log_units) * jnp.sqrt(jnp.where(moved, squares, 1)), 0)
 
+    def log_norms(self) -> Float[Array, " layers"]:
+        """The logarithms of the norms, `−inf` for a layer that is zero."""
+        squares = self.shapes.inner(self.joined, self.joined)
+        there = squares > 0
+        return jnp.where(there, self.log_units + 0.5 * jnp.log(jnp.where(there, squares, 1)), -jnp.inf)
+
     def velocity(self, rates: "Coordinates") -> Float[Array, " weights"]:
         """The velocities of the layers in their units, `e^{−u_l} dW_l/ds`, given the rates of the coordinates."""
         return self.shapes.map(

@@ -15,18 +15,19 @@ from .. import _check
 from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
-from .integrate import Integration, integrate
+from .integrate import LEAST_ERROR, Integration, integrate
 from .method import AbstractMethod, Explicit, Exponential
 from .record import Save
 from .result import Flow, trim
+from .rounding import least_factor
 from .status import Status
+from .task_reference import TaskReference
 from .until import AbstractUntil, Escape
 
 SMOOTH_RTOL = 1e-4
 KINKED_RTOL = 2e-4
 KINKED_MIN_STEP = 2e-3
 STIFF_RTOL = 1e-2
-KRYLOV_SHARE = 0.01
 KRYLOV_SIZE = 48
 
 
@@ -107,9 +108,7 @@ def gradient_flow(
     method: AbstractMethod = Explicit(solver)
     if stiff and not kinked:
         conserves = net.depth == 1 or classify_activation(net.activation).letter == "A"
-        method = Exponential(KRYLOV_SHARE * rtol, KRYLOV_SIZE, conserves)
-    tolerance = f"{float(rtol):.6g}" if _check.is_concrete(rtol) and rtol.ndim == 0 else "traced"
-    words = f"{method.describe()} in the plateau clock, rtol {tolerance}"
+        method = Exponential(rtol, KRYLOV_SIZE, conserves)
     arguments = (net, task, until, save, rtol, min_step, method, max_steps)
     if isinstance(method, Exponential) and _check.is_concrete(arguments):
         # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
@@ -117,7 +116,7 @@ def gradient_flow(
             end = jax.block_until_ready(_run(*arguments))
     else:
         end = _run(*arguments)
-    flow = _flow(end, until.describe(), words)
+    flow = _flow(end, until, rtol, f"{method.describe()} in the plateau clock")
     if _check.is_concrete(flow):
         if bool(end.status == Status.met_at_start):
             raise _check.fail(
@@ -126,7 +125,8 @@ def gradient_flow(
                 f"{until.describe()}, and the loss starts at {float(flow.losses[0]):.6g}",
                 "Start from smaller weights (saddlejax.scale_layers) or set a target further on.",
             )
-        flow = trim(dataclasses.replace(flow, task=task), int(end.row_count))
+        flow = dataclasses.replace(trim(flow, int(end.row_count)), reference=TaskReference(task))
+        _warn_where_rounding_matters(flow, end)
     return flow
 
 
@@ -144,7 +144,7 @@ def _run(
     return integrate(net, task, until, save, rtol, min_step, method=method, max_steps=max_steps)
 
 
-def _flow(end: Integration, target: str, method: str) -> Flow:
+def _flow(end: Integration, until: AbstractUntil, rtol: Array, method: str) -> Flow:
     rows = end.rows
     return Flow(
         status=end.status,
@@ -165,9 +165,38 @@ def _flow(end: Integration, target: str, method: str) -> Flow:
             "gradient_evaluations": end.gradient_evaluations,
             "hessian_vector_products": end.hessian_vector_products,
         },
-        target=target,
+        resolved=~(end.dormant_lost | end.cancels),
+        until=until,
+        rtol=rtol,
         method=method,
     )
+
+
+def _warn_where_rounding_matters(flow: Flow, end: Integration) -> None:
+    dtype, shapes = flow.losses.dtype, [w.shape for w in flow.net.weights]
+    finer = " Or use double precision." if dtype == jnp.float32 else ""
+    factor = least_factor(np.asarray(flow.layer_norms[0]), np.asarray(flow.layer_norms[-1]), shapes)
+    remedy = f"Start from weights at least {factor:.2g} times as large.{finer}"
+    if bool(end.dormant_lost):
+        warnings.warn(
+            "After the first escape something has grown that had been smaller than the rounding of what was learned beside "
+            f"it in {dtype}: the times of later plateaus are those of rounding errors. {remedy}",
+            stacklevel=3,
+        )
+    if bool(flow.status == Status.below_rounding):
+        warnings.warn(
+            f"The flow stopped where the gradient is nothing but rounding in {dtype}: what is still to be learned is too "
+            f"small beside what has been learned. {remedy}",
+            stacklevel=3,
+        )
+    if bool(end.cancels):
+        smallest = LEAST_ERROR * float(jnp.finfo(dtype).eps) / float(flow.rtol)
+        warnings.warn(
+            "The flow passed close to a saddle on a path on which the layers cancel to less than "
+            f"{smallest:.1g} of themselves, which {dtype} cannot resolve at this rtol: when it left is not known. "
+            f"Start elsewhere, or from weights that do not nearly cancel.{finer}",
+            stacklevel=3,
+        )
 
 
 def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:

@@ -1,5 +1,6 @@
 """The loop: steps in the plateau clock, until the end is reached."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import diffrax as dfx
@@ -15,9 +16,10 @@ from .clock import PlateauField, start
 from .crossing import crossing
 from .method import AbstractMethod
 from .record import Row, Save, empty_rows, imbalance_residual, row
+from .rounding import Dormant, log_gradient_rounding, log_sensitivity, signal_left
 from .state import FlowState
 from .status import Status
-from .stepping import StepSize, first_step_size, influence, next_step_size
+from .stepping import StepSize, cancellation, first_step_size, influence, next_step_size
 from .until import AbstractUntil
 
 Kind = Literal["lax", "bounded"]
@@ -28,18 +30,36 @@ NO_PLATEAU_LOSS = 0.5
 STILL_ON_PLATEAU = 1e-3
 LOSS_ROUNDING = 100
 UNDERFLOW_MARGIN = 1e4
+LEAST_ERROR = 30
+
+
+class Resolution(eqx.Module):
+    """What is remembered to tell whether rounding can matter.
+
+    - `share`: how small a part of the weights the error must be small beside, one unless they nearly cancel.
+    - `log_ratio`: the largest logarithm so far of the gradient norm over what it is proportional to.
+    - `log_highest`, `log_lowest`: the largest gradient norm so far, and the smallest since dormant parts were lost.
+    - `dormant_lost`: whether something smaller than rounding has grown all the same.
+    - `cancels`: whether the layers nearly cancelled, down to less than the tolerance can resolve.
+    """
+
+    share: Float[Array, ""]
+    log_ratio: Float[Array, ""]
+    log_highest: Float[Array, ""]
+    log_lowest: Float[Array, ""]
+    dormant_lost: Bool[Array, ""]
+    cancels: Bool[Array, ""]
 
 
 class Progress(eqx.Module):
     """The carry of the loop."""
 
-    s: Float[Array, ""]
     state: FlowState
     rate: FlowState
     step: StepSize
     condition: Float[Array, ""]
     has_risen: Bool[Array, ""]
-    last_s: Float[Array, ""]
+    resolution: Resolution
     last_condition: Float[Array, ""]
     memory: PyTree
     rows: Row
@@ -57,6 +77,8 @@ class Integration(NamedTuple):
 
     status: Status
     log_time: Float[Array, ""]
+    dormant_lost: Bool[Array, ""]
+    cancels: Bool[Array, ""]
     net: AbstractNetwork
     rows: Row
     row_count: Int[Array, ""]
@@ -116,9 +138,33 @@ def _integrate(
     order = method.order()
     plateau = zero_loss(task)
     first_gradient = field.log_gradient_norm(state, rate)
+    no_signal = _has_no_signal(task)
+    dormant = Dormant.of(state.coordinates)
+    least_share = LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol
+    longest_step = math.inf if until.asks_for_escape else method.longest_step
+
+    def resolve(before: Resolution, state: FlowState, rate: FlowState) -> tuple[Resolution, Array]:
+        """What is remembered of one more state, and whether its gradient is rounding."""
+        share = jnp.where(no_signal, 1, cancellation(state, rate))
+        log_gradient = field.log_gradient_norm(state, rate)
+        sensitivity = log_sensitivity(state.coordinates.log_norms())
+        highest = jnp.maximum(before.log_highest, log_gradient)
+        # After the first escape something may grow that was too small to be there.
+        fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lowest)
+        lowest = jnp.where(
+            fallen & dormant.lost(state.coordinates), jnp.minimum(before.log_lowest, log_gradient), jnp.inf
+        )
+        ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
+        dormant_lost, cancels = (
+            before.dormant_lost | (log_gradient > lowest + 1),
+            before.cancels | (share < least_share),
+        )
+        after = Resolution(jnp.maximum(share, least_share), ratio, highest, lowest, dormant_lost, cancels)
+        return jax.lax.stop_gradient((after, log_gradient <= log_gradient_rounding(ratio, sensitivity)))
 
     def body(p: Progress) -> Progress:
-        attempt = method.attempt(field, p.s, p.state, p.rate, p.step.size, dense=save.times is not None)
+        share = p.resolution.share
+        attempt = method.attempt(field, p.state, p.rate, p.step.size, share, dense=save.times is not None)
         after, new_rate = attempt.after, attempt.rate
         loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
         # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
@@ -128,14 +174,15 @@ def _integrate(
         scaled = jax.lax.stop_gradient(jnp.maximum(attempt.error * weight, attempt.time_error) / rtol)
         failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
         accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
-        step = next_step_size(p.step, scaled, accepted, failed, order, min_step, method.largest_growth)
+        step = next_step_size(p.step, scaled, accepted, failed, order, min_step, method.largest_growth, longest_step)
 
         condition = until.condition(field, after, new_rate)
         ended = accepted & (p.condition < 0) & (condition >= 0)
-        stalled = accepted & ((new_rate.time == 0) | attempt.settled)
+        resolution, is_rounding = resolve(p.resolution, after, new_rate)
+        stalled = accepted & ((new_rate.time == 0) | attempt.settled | (is_rounding & method.differentiable))
         flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
         no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
-        stuck = ~accepted & (step.size < SMALLEST_STEP)
+        stuck = ~accepted & (step.size < SMALLEST_STEP * jnp.minimum(step.last_size, 1))
         status = p.status
         for happened, outcome in (
             (no_plateau, Status.where(kept_plateau, Status.stationary, Status.no_plateau)),
@@ -148,7 +195,7 @@ def _integrate(
         rows, next_row = p.rows, p.next_row
         if save.times is not None:
             limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
-            within = method.interpolation(p.s, p.s + p.step.size, attempt.dense)
+            within = method.interpolation(p.step.size, attempt.dense)
             rows, next_row = _rows_at_times(save, field, within, rows, next_row, limit, kind, p.accepted + 1)
         elif save.steps:
             write = accepted & ~ended
@@ -157,16 +204,15 @@ def _integrate(
 
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)  # noqa: E731
         return Progress(
-            s=jnp.where(accepted, p.s + p.step.size, p.s),
             state=keep(after, p.state),
             rate=keep(new_rate, p.rate),
             step=step,
             condition=jnp.where(accepted, condition, p.condition),
             has_risen=p.has_risen | (accepted & (condition < 0)),
-            last_s=jnp.where(accepted, p.s, p.last_s),
+            resolution=keep(resolution, p.resolution),
             last_condition=jnp.where(accepted, p.condition, p.last_condition),
             # Wanted only where this step ends the flow, and so was accepted.
-            memory=method.remember(attempt, p.state, p.rate, p.step.size),
+            memory=method.remember(attempt, p.state, p.rate),
             rows=rows,
             next_row=next_row,
             attempts=p.attempts + 1,
@@ -182,7 +228,7 @@ def _integrate(
     status: Status = Status.step_limit
     for happened, outcome in (
         (met, Status.met_at_start),
-        (until.asks_for_escape & _has_no_signal(task), Status.no_signal),
+        (until.asks_for_escape & no_signal, Status.no_signal),
         (rate.time == 0, Status.stationary),
         (_has_underflown(field, state, rate), Status.underflow),
         (~jnp.isfinite(rate.time * rate.loss_integral), Status.non_finite),
@@ -193,16 +239,18 @@ def _integrate(
     rows = empty_rows(first, save.rows(max_steps))
     if save.times is None:
         rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    tried = eqx.filter_eval_shape(method.attempt, field, zero, state, rate, zero, False)
-    memory = eqx.filter_eval_shape(method.remember, tried, state, rate, zero)
+    tried = eqx.filter_eval_shape(method.attempt, field, state, rate, zero, zero, False)
+    no = jnp.asarray(False)
+    unknown = Resolution(zero, zero - jnp.inf, zero - jnp.inf, zero + jnp.inf, no, no)
+    resolution, _ = resolve(unknown, state, rate)
+    memory = eqx.filter_eval_shape(method.remember, tried, state, rate)
     progress = Progress(
-        s=zero,
         state=state,
         rate=rate,
         step=first_step_size(rtol, order),
         condition=condition,
         has_risen=condition < 0,
-        last_s=zero,
+        resolution=resolution,
         last_condition=condition,
         memory=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), memory),
         rows=rows,
@@ -217,27 +265,42 @@ def _integrate(
     p = eqxi.while_loop(lambda p: p.running, body, progress, max_steps=max_steps, buffers=lambda p: p.rows, kind=kind)
 
     ended = p.status == until.reached
-    last_end = jnp.where(p.accepted > 0, p.s, 1)
-    recalled = method.recall(field, p.last_s, last_end, p.memory)
+    recalled = method.recall(field, p.step.last_size, p.memory)
     interpolation = recalled.interpolation
     s_end, evaluations = _locate(until, field, interpolation, p, ended, method.end_tolerance * rtol)
     inside = interpolation.evaluate(s_end)
     state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
+    status = _how_it_rests(p.status, until, dormant, field, state)
     log_time = field.log_time(state)
+    end_time = until.end_time()
+    if end_time is not None:  # to the last digit, and also where the flow came to rest before
+        log_time = jnp.where(status == until.reached, jnp.log(end_time), log_time)
     rows, count = p.rows, p.next_row
     if save.times is not None:
         limit = jnp.where(ended, log_time, -jnp.inf)
         rows, count = _rows_at_times(save, field, interpolation, rows, count, limit, kind, p.accepted)
+        if end_time is not None:
+            limit = jnp.where((status == until.reached) & ~ended, log_time, -jnp.inf)
+            rows, count = _rows_at_rest(
+                save, row(save, field, state, field.rate(state), p.accepted), rows, count, limit
+            )
     else:
         write = ended | (not save.steps)
-        rows = _write(rows, row(save, field, state, field.rate(state), p.accepted), count, write)
+        last = row(save, field, state, field.rate(state), p.accepted)
+        rested = (status == until.reached) & ~ended
+        if end_time is not None:
+            last = last._replace(log_time=jnp.where(status == until.reached, log_time, last.log_time))
+            write = write | rested
+        rows = _write(rows, last, count, write)
         count = count + write
     # Rows at the end of a step come for free; the others take a gradient each.
     extra_rows = count if save.times is not None else jnp.asarray(write, int)
     curvature = jnp.asarray(int(until.uses_curvature))
     return Integration(
-        status=p.status,
+        status=status,
         log_time=log_time,
+        dormant_lost=p.resolution.dormant_lost,
+        cancels=p.resolution.cancels,
         net=field.state_net(state),
         rows=rows,
         row_count=count,
@@ -264,10 +327,24 @@ def _locate(
 ) -> tuple[Array, Array]:
     # Where τ is long beside the time passed, the time of the end asks for more; no evaluations where there is no end.
     passed = jnp.where(p.rate.time > 0, p.state.time / jnp.where(p.rate.time > 0, p.rate.time, 1), 1)
-    tolerance = jax.lax.stop_gradient(jnp.where(ended, tolerance * jnp.minimum(passed, 1), jnp.inf))
-    bracket = jax.lax.stop_gradient((p.last_s, p.s))
+    tolerance = tolerance * jnp.minimum(passed, 1)
+    if until.end_time() is not None:  # looking at the time costs next to nothing
+        tolerance = 4 * jnp.finfo(tolerance.dtype).eps * p.step.last_size
+    tolerance = jax.lax.stop_gradient(jnp.where(ended, tolerance, jnp.inf))
+    bracket = jax.lax.stop_gradient((jnp.zeros_like(p.step.last_size), p.step.last_size))
     values = jax.lax.stop_gradient((p.last_condition, p.condition))
     return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)
+
+
+def _how_it_rests(
+    status: Status, until: AbstractUntil, dormant: Dormant, field: PlateauField, state: FlowState
+) -> Status:
+    """The outcome where the gradient is nothing but rounding: rest for good, a time known beforehand, or lost parts."""
+    rests = status == Status.stationary
+    lost = rests & dormant.gradient_lost(state.coordinates) & signal_left(field.state_net(state), field.task)
+    if until.end_time() is not None:
+        status = Status.where(rests, until.reached, status)
+    return Status.where(lost, Status.below_rounding, status)
 
 
 def _time_at(params: tuple, s: Array) -> Array:
@@ -308,6 +385,20 @@ def _rows_at_times(
     return eqxi.while_loop(
         waiting, write, (rows, next_row), max_steps=log_times.size, buffers=lambda carry: carry[0], kind=kind
     )
+
+
+def _rows_at_rest(save: Save, last: Row, rows: Row, count: Array, limit: Array) -> tuple[Row, Array]:
+    """The rows of the times still to come, up to the logarithmic time `limit`, of a flow that moves no more."""
+    assert save.times is not None
+    log_times = jnp.log(save.times).astype(last.log_time.dtype)
+    coming = (jnp.arange(log_times.size) >= count) & (log_times <= limit)
+
+    def fill(buffer: Array, value: Array) -> Array:
+        return jnp.where(coming.reshape(-1, *[1] * value.ndim), value, buffer)
+
+    filled = jax.tree.map(fill, rows, last)
+    filled = filled._replace(log_time=jnp.where(coming, log_times, rows.log_time))
+    return filled, count + jnp.sum(coming)
 
 
 def _write(rows: Row, values: Row, index: Array, wanted: Array) -> Row:

@@ -183,10 +183,12 @@ class KrylovProblem:
             # The coupling to the vector to come is no part of the projected matrix.
             coupling = jnp.where(jnp.arange(size - 1) + 1 < grown.used, grown.beside[:-1], 0)
             projected = jnp.diag(grown.diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
-            values, vectors = jnp.linalg.eigh(projected, symmetrize_input=False)
+            finite = jnp.all(jnp.isfinite(projected))  # elsewhere the eigenvalues of NaN would be asked for
+            values, vectors = jnp.linalg.eigh(jnp.where(finite, projected, 0), symmetrize_input=False)
             last = grown.used - 1
             left = norm * grown.beside[last] * _projected(values, vectors, self.remainder)[last]
             left = jnp.where(grown.beside[last] > 0, left, 0)
+            left = jnp.where(finite, left, jnp.nan)
             # The measure may cost more than a product: it is taken where it may decide.
             near = ~(jnp.abs(left) * grown.weight > NEAR * self.tolerance)
             weight = jax.lax.cond(near, self.measure, lambda _: grown.weight, grown.following)

@@ -1,6 +1,7 @@
 """How one step of a flow is taken: by an explicit solver, or by the exponential one for stiff flows."""
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +24,7 @@ from .state import FlowState
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
 ROUNDING, GROWING = 10, 0.01
+KRYLOV_SHARE = 0.01
 END_WEIGHT, INNER_WEIGHTS = 1 / 20, (49 / 180, 16 / 45, 49 / 180)
 
 
@@ -60,6 +62,9 @@ class AbstractMethod(eqx.Module):
     largest_growth: eqx.AbstractClassVar[float]
     """The most by which a step may be longer than the one before."""
 
+    longest_step: eqx.AbstractClassVar[float]
+    """The longest step beyond the first escape, where parts of a layer that decay beside the others must not be lost."""
+
     differentiable: eqx.AbstractClassVar[bool]
     """Whether derivatives go through a step."""
 
@@ -72,20 +77,23 @@ class AbstractMethod(eqx.Module):
 
     @abc.abstractmethod
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
+        self, field: PlateauField, state: FlowState, rate: FlowState, size: Array, share: Array, dense: bool
     ) -> Attempt:
-        """A step from a state whose rate is known; the states within it are wanted where `dense`."""
+        """A step from a state whose rate is known; the states within it are wanted where `dense`.
+
+        `share` is the part of the weights that the error shall be small beside, one unless they nearly cancel.
+        """
 
     @abc.abstractmethod
-    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
-        """The states within a step, a function of `s`."""
+    def interpolation(self, size: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+        """The states within a step of the given size, a function of `s` counted from its start."""
 
     @abc.abstractmethod
-    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState) -> PyTree:
         """What to carry from step to step so that `recall` can look into the last one."""
 
     @abc.abstractmethod
-    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
+    def recall(self, field: PlateauField, size: Array, memory: PyTree) -> Recalled:
         """The states within the step that is remembered."""
 
     @abc.abstractmethod
@@ -106,6 +114,7 @@ class Explicit(AbstractMethod):
 
     solver: dfx.AbstractERK
     largest_growth: ClassVar[float] = 1.5
+    longest_step: ClassVar[float] = 0.5
     end_tolerance: ClassVar[float] = 1e-2
     differentiable: ClassVar[bool] = True
 
@@ -115,36 +124,37 @@ class Explicit(AbstractMethod):
         return order
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
+        self, field: PlateauField, state: FlowState, rate: FlowState, size: Array, share: Array, dense: bool
     ) -> Attempt:
-        del s, dense
+        del dense
         step = explicit_step(field.net, field, self.solver, state, rate, size)
         count = jnp.asarray(len(step.moves) - 1)
         passed = Passed(state, step.after, step.moves)
         none, unsettled = jnp.asarray(0), jnp.asarray(False)
-        return Attempt(step.after, step.rate, step.error, step.time_error, passed, count, none, unsettled)
+        return Attempt(step.after, step.rate, step.error / share, step.time_error, passed, count, none, unsettled)
 
-    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+    def interpolation(self, size: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
         moves = FlowState(dense.moves, dense.before.shapes)
-        return self.solver.interpolation_cls(t0=s0, t1=s1, y0=dense.before, y1=dense.after, k=moves)
+        return self.solver.interpolation_cls(t0=jnp.zeros_like(size), t1=size, y0=dense.before, y1=dense.after, k=moves)
 
-    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState) -> PyTree:
         return attempt.dense
 
-    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
-        return Recalled(self.interpolation(s0, s1, memory), jnp.asarray(0), jnp.asarray(0))
+    def recall(self, field: PlateauField, size: Array, memory: PyTree) -> Recalled:
+        return Recalled(self.interpolation(size, memory), jnp.asarray(0), jnp.asarray(0))
 
     def describe(self) -> str:
         return type(self.solver).__name__
 
 
-def relative_to_singular_values(weights: Weights) -> Callable[[Weights], Float[Array, ""]]:
+def relative_to_singular_values(weights: Weights, rtol: Float[Array, ""]) -> Callable[[Weights], Float[Array, ""]]:
     """An error relative to the part of a layer that it perturbs; the largest over the layers.
 
     With `W = U diag(σ) Vᵀ` it is the norm of `(UᵀEV)_{ij}/√(σ_i σ_j)`: the modes still to be learned live in the small
-    singular values, and an error small beside the layer but not beside them would change when they are.
+    singular values, and an error small beside the layer but not beside them would change when they are. Singular values
+    of which a part `rtol` would be less than half of the rounding of the layer are taken for ones that are not.
     """
-    layers = [_factors(w) for w in weights]
+    layers = [_factors(w, rtol) for w in weights]
 
     def norm(error: Weights) -> Array:
         return jnp.max(jnp.stack([_graded(e, *factors) for e, factors in zip(error, layers, strict=True)]))
@@ -152,20 +162,13 @@ def relative_to_singular_values(weights: Weights) -> Callable[[Weights], Float[A
     return norm
 
 
-def _factors(weights: Array) -> tuple[Array, Array, Array]:
-    """`U/√σ`, the largest `σ` and `Vᵀ/√σ`, from the smaller Gram matrix: several times cheaper than singular values.
-
-    Singular values below `√eps` of the largest are taken for that.
-    """
-    if weights.shape[0] > weights.shape[1]:
-        right, largest, left = _factors(weights.T)
-        return left.T, largest, right.T
-    values, left = jnp.linalg.eigh(jnp.matmul(weights, weights.T, precision="highest"))
-    largest = values[-1]
-    least = jnp.where(largest > 0, largest * weights.shape[0] * jnp.finfo(weights.dtype).eps, 1)
-    sizes = jnp.sqrt(jnp.maximum(values, least))
-    right = jnp.matmul(left.T, weights, precision="highest") / sizes[:, None]
-    return left / jnp.sqrt(sizes), jnp.sqrt(jnp.maximum(largest, 0)), right / jnp.sqrt(sizes)[:, None]
+def _factors(weights: Array, rtol: Array) -> tuple[Array, Array, Array]:
+    """`U/√σ`, the largest `σ` and `Vᵀ/√σ`."""
+    left, sizes, right = jnp.linalg.svd(weights, full_matrices=False)
+    largest, eps = sizes[0], jnp.finfo(weights.dtype).eps
+    least = largest * jnp.maximum(0.5 * eps / rtol, max(weights.shape) * eps)
+    sizes = jnp.maximum(sizes, jnp.where(largest > 0, least, 1))
+    return left / jnp.sqrt(sizes), largest, right / jnp.sqrt(sizes)[:, None]
 
 
 def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
@@ -187,10 +190,11 @@ class Exponential(AbstractMethod):
     symmetric; with a `τ` that moves along it would not be.
     """
 
-    tolerance: Float[Array, ""]
+    rtol: Float[Array, ""]
     krylov_size: int = eqx.field(static=True)
     conserves_imbalance: bool = eqx.field(static=True)
     largest_growth: ClassVar[float] = 3.0
+    longest_step: ClassVar[float] = math.inf
     end_tolerance: ClassVar[float] = 1e-4
     differentiable: ClassVar[bool] = False
 
@@ -198,7 +202,7 @@ class Exponential(AbstractMethod):
         return 4
 
     def attempt(
-        self, field: PlateauField, s: Array, state: FlowState, rate: FlowState, size: Array, dense: bool
+        self, field: PlateauField, state: FlowState, rate: FlowState, size: Array, share: Array, dense: bool
     ) -> Attempt:
         tau = rate.time * jnp.exp(field.log_time_unit)
         weights = field.state_net(state).weights
@@ -207,8 +211,12 @@ class Exponential(AbstractMethod):
             slopes = jax.grad(lambda w: task_loss(field.net.with_weights(w), field.task))(weights)
             return tuple(-tau * slope for slope in slopes)
 
-        norm = relative_to_singular_values(weights)
-        solver = ExponentialRosenbrock(self.tolerance, self.krylov_size, lambda _: norm)
+        graded = relative_to_singular_values(weights, self.rtol)
+
+        def norm(error: Weights) -> Array:
+            return graded(error) / share
+
+        solver = ExponentialRosenbrock(KRYLOV_SHARE * self.rtol, self.krylov_size, lambda _: norm)
         fractions = () if self.conserves_imbalance else INNER_NODES
         flat, unravel = ravel_pytree(weights)
         step = solver.increments(velocity, weights, size, fractions, keep=dense)
@@ -246,17 +254,17 @@ class Exponential(AbstractMethod):
         rates = gradient(field.net.with_weights(weights), field.task).neuron_rates
         return tau * jnp.stack([jnp.sum(rate) for rate in rates])
 
-    def interpolation(self, s0: Array, s1: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
-        return StepInterpolation(t0=s0, t1=s1, **dense)
+    def interpolation(self, size: Array, dense: PyTree) -> dfx.AbstractLocalInterpolation:
+        return StepInterpolation(t0=jnp.zeros_like(size), t1=size, **dense)
 
-    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState, size: Array) -> PyTree:
+    def remember(self, attempt: Attempt, state: FlowState, rate: FlowState) -> PyTree:
         # The Krylov spaces are large and nearly never looked at: the last step is rather taken once more.
-        return state, rate, size
+        return state, rate
 
-    def recall(self, field: PlateauField, s0: Array, s1: Array, memory: PyTree) -> Recalled:
-        state, rate, size = memory
-        again = self.attempt(field, s0, state, rate, size, dense=True)
-        return Recalled(self.interpolation(s0, s1, again.dense), again.gradients, again.products)
+    def recall(self, field: PlateauField, size: Array, memory: PyTree) -> Recalled:
+        state, rate = memory
+        again = self.attempt(field, state, rate, size, jnp.ones_like(size), dense=True)
+        return Recalled(self.interpolation(size, again.dense), again.gradients, again.products)
 
     def describe(self) -> str:
         return f"exponential Rosenbrock with up to {self.krylov_size} Lanczos vectors"

@@ -6,12 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .. import _check
 from ..networks import AbstractNetwork, Weights
 from ..tasks.task import Task
 from .status import Status
+from .task_reference import TaskReference
+from .until import AbstractUntil, in_words
 
 if TYPE_CHECKING:
     from ..staircase import Plateaus
@@ -35,8 +37,13 @@ class Flow(eqx.Module):
     - `weights`: a tuple of `L` arrays `(rows, n_l, n_{l−1})`, or None where not kept.
     - `net`: the network at the end.
     - `stats`: `steps` accepted, `rejected_steps`, `gradient_evaluations`, `hessian_vector_products`.
-    - `target`, `method`: what was asked for and how it was computed, in words.
-    - `task`: the task, where the flow was computed outside of `jit` and `vmap`.
+    - `resolved`: False where the flow depends on something that is smaller than rounding, or than the tolerance can be
+      made: parts of the weights below the rounding of what has been learned, which have grown all the same after the first
+      escape, or a start so near the stable manifold of the saddle that its layers cancel. The numbers after that are those
+      of rounding errors.
+    - `until`: when it was to end; None for gradient descent, which takes all its steps. `rtol`: the tolerance of its steps.
+    - `method`: how it was computed, in words.
+    - `task`: the task, where the flow was computed outside of `jit` and `vmap` and not stacked, sliced or pickled since.
     """
 
     status: Status
@@ -52,9 +59,21 @@ class Flow(eqx.Module):
     weights: Weights | None
     net: AbstractNetwork
     stats: dict[str, Int[Array, ""]]
-    target: str = eqx.field(static=True)
+    resolved: Bool[Array, ""]
+    until: AbstractUntil | None
+    rtol: Float[Array, ""] | None
     method: str = eqx.field(static=True)
-    task: Task | None = None
+    reference: TaskReference = eqx.field(default_factory=TaskReference)
+
+    @property
+    def task(self) -> Task | None:
+        """The task, where it is known."""
+        return self.reference.task
+
+    @property
+    def target(self) -> str:
+        """What was asked for, in words."""
+        return "all steps are taken" if self.until is None else self.until.describe()
 
     @property
     def escape_time(self) -> Float[Array, ""]:
@@ -83,6 +102,10 @@ class Flow(eqx.Module):
         if not _check.is_concrete(self.status):
             return "Flow (being traced)"
         return _summary(self) if self.losses.ndim == 1 else _batch_summary(self)
+
+
+def _method(flow: Flow) -> str:
+    return flow.method if flow.rtol is None else f"{flow.method}, rtol {in_words(flow.rtol)}"
 
 
 def trim(flow: Flow, rows: int) -> Flow:
@@ -128,8 +151,10 @@ def _summary(flow: Flow) -> str:
         f"  layer norms      {norms[0]} → {norms[1]}",
         f"  imbalance error  {float(flow.imbalance_error):.1e}",
         "  work             " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stats.items()),
-        f"  method           {flow.method}",
+        f"  method           {_method(flow)}",
     ]
+    if not bool(flow.resolved):
+        lines.append("  resolved         no: the flow depends on something smaller than rounding")
     return "\n".join(lines)
 
 
@@ -145,6 +170,9 @@ def _batch_summary(flow: Flow) -> str:
     lines += [
         f"  imbalance error  at most {float(jnp.max(flow.imbalance_error)):.1e}",
         f"  work             {int(jnp.sum(flow.stats['gradient_evaluations']))} gradient evaluations",
-        f"  method           {flow.method}",
+        f"  method           {_method(flow)}",
     ]
+    unresolved = int(np.sum(~np.asarray(flow.resolved)))
+    if unresolved:
+        lines.append(f"  resolved         all but {unresolved}, which depend on something smaller than rounding")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ class Status(eqx.Enumeration):
     steps_taken = "all steps taken"
     no_plateau = "no plateau: the gradient only ever fell, so there is nothing to escape from"
     stationary = "stationary: the gradient vanished, so the flow cannot move on"
+    below_rounding = "below rounding: what is still to be learned is too small beside what has been learned for this floating-point type"
     no_signal = "no signal: the loss has no slope at zero output, so the origin is a minimum and not a saddle"
     met_at_start = "target already met at the start"
     step_limit = "step limit reached before the target"

@@ -49,6 +49,27 @@ def influence(state: FlowState, rate: FlowState) -> Float[Array, ""]:
     return jnp.clip(share, LEAST_INFLUENCE, 1)
 
 
+def cancellation(state: FlowState, rate: FlowState) -> Float[Array, ""]:
+    """How far the flow is from running straight into the saddle at the origin: one where it does not, zero where it does.
+
+    On the stable manifold of the saddle every layer shrinks at one rate, `dW_l/dt = −λ W_l`. Near it the layers nearly
+    cancel: what will grow later is a part of the weights smaller by this factor, and so is the error that it bears. With
+    `r_l = ‖dW_l/dt‖/‖W_l‖` it is `√2/2 ‖θ̂ + v̂‖`, at most one, where `θ̂` has the layers `W_l/‖W_l‖` and `v̂` the layers
+    `(dW_l/dt)/‖W_l‖`, both weighted by `r_l` and normalised, so that layers that stand still do not count.
+    """
+    here = state.coordinates
+    shapes, velocity = here.shapes, here.velocity(rate.coordinates)
+    squares, speeds = shapes.inner(here.joined, here.joined), shapes.inner(velocity, velocity)
+    there = squares > 0
+    rates = jnp.where(there, speeds / jnp.where(there, squares, 1), 0)  # r_l²
+    moving = jnp.any(rates > 0) & ~jnp.any(~there & (speeds > 0))  # a layer that starts from zero grows
+    first, second = jnp.sqrt(jnp.sum(rates)), jnp.sqrt(jnp.sum(jnp.square(rates)))
+    along = here.joined / jnp.where(moving, first, 1) + velocity / jnp.where(moving, second, 1)
+    weights = jnp.where(there, rates / jnp.where(there, squares, 1), 0)
+    distance = jnp.sqrt(0.5 * jnp.sum(weights * shapes.inner(along, along)))
+    return jnp.where(moving, jnp.minimum(distance, 1), 1)
+
+
 def next_step_size(
     step: StepSize,
     error: Float[Array, ""],
@@ -57,6 +78,7 @@ def next_step_size(
     order: int,
     min_step: Float[Array, ""],
     largest_growth: float,
+    longest_step: float,
 ) -> StepSize:
     """The next size from the error in units of the tolerance.
 
@@ -76,6 +98,7 @@ def next_step_size(
     shrinking = jnp.where(failed, CUT_AFTER_FAILURE, jnp.clip(plain, LARGEST_CUT, SAFETY))
     proposed = step.size * jnp.where(accepted, growing, shrinking)
     size = jnp.where(failed | (step.size < min_step), proposed, jnp.maximum(proposed, min_step))
+    size = jnp.minimum(size, longest_step)
     return StepSize(
         size=size,
         last_size=jnp.where(accepted, step.size, step.last_size),

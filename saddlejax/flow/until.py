@@ -37,9 +37,21 @@ class AbstractUntil(eqx.Module):
         """The condition at a state whose rate is not known yet; where that takes less than a gradient, say how."""
         return self.condition(field, state, field.rate(state))
 
+    def end_time(self) -> Float[Array, ""] | None:
+        """The time `t` of the end, where it is known beforehand."""
+        return None
+
     @abc.abstractmethod
     def describe(self) -> str:
         """The end in words."""
+
+
+def in_words(value: Float[Array, "..."]) -> str:
+    """A number, or the range of several, in six digits."""
+    if not _check.is_concrete(value):
+        return "(being traced)"
+    low, high = np.min(np.asarray(value)), np.max(np.asarray(value))
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
 class Escape(AbstractUntil):
@@ -82,7 +94,7 @@ class Escape(AbstractUntil):
     def describe(self) -> str:
         if self.loss_fraction is None:
             return "the steepest point of the first descent"
-        return f"loss at {self.loss_fraction} of its value at zero weights"
+        return f"loss at {in_words(self.loss_fraction)} of its value at zero weights"
 
 
 class Time(AbstractUntil):
@@ -106,8 +118,14 @@ class Time(AbstractUntil):
         log_time = jnp.log(jnp.where(started, state.time, 1))
         return jnp.where(started, log_time + field.log_time_unit - jnp.log(self.time), -1)
 
+    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
+        return self.condition(field, state, state)
+
+    def end_time(self) -> Float[Array, ""]:
+        return self.time
+
     def describe(self) -> str:
-        return f"time {self.time}"
+        return f"time {in_words(self.time)}"
 
 
 class Loss(AbstractUntil):
@@ -132,4 +150,4 @@ class Loss(AbstractUntil):
         return self.value - field.loss(state)
 
     def describe(self) -> str:
-        return f"loss {self.value}"
+        return f"loss {in_words(self.value)}"

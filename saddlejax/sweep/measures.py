@@ -82,6 +82,9 @@ FLOW_VARIABLES = {
         Field("imbalance_error"),
         "largest relative violation of the imbalance identity over the rows kept: the numerical error",
     ),
+    "resolved": Variable(
+        Field("resolved"), "whether the flow depends on nothing that is smaller than rounding, see saddlejax.Flow"
+    ),
     "steps": Variable(Stat("steps"), "accepted steps", "steps"),
     "rejected_steps": Variable(Stat("rejected_steps"), "rejected steps", "steps"),
     "gradient_evaluations": Variable(Stat("gradient_evaluations"), "gradients spent", "gradients"),

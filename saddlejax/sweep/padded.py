@@ -14,6 +14,7 @@ from ..activations import Activation
 from ..flow.clock import PlateauField
 from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
+from ..flow.rounding import signal_left
 from ..flow.state import FlowState
 from ..gradient import Gradient, gradient
 from ..networks import MLP, AbstractNetwork, Weights, predict
@@ -63,6 +64,11 @@ def pad(layers: Sequence[Array], all_layers: Sequence[Any]) -> tuple[Array, ...]
 @predict.register
 def _predict(net: PaddedMLP, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
     return net.branch(lambda depth, small: predict(small, x))
+
+
+@signal_left.register
+def _signal_left(net: PaddedMLP, task: Task) -> Array:
+    return net.branch(lambda depth, small: signal_left(small, task))
 
 
 @gradient.register
