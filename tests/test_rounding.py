@@ -168,7 +168,7 @@ def test_flows_that_differ_in_tolerance_stack_and_share_a_program():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *flows)
     np.testing.assert_allclose(stacked.losses[:, -1], [1.0, 2.0], rtol=1e-4)
     np.testing.assert_allclose(stacked.rtol, [1e-4, 1e-6])
-    assert "loss 1 to 2" in str(stacked) and "rtol 1e-06 to 0.0001" in str(stacked)
+    assert "loss 1.0 to 2.0" in str(stacked) and "rtol 1e-06 to 0.0001" in str(stacked)
     assert [float(last(flow)) for flow in flows] == pytest.approx([1e-4, 2e-6], rel=1e-4)
     assert len(traces) == 1
 

@@ -73,9 +73,10 @@ def row(save: Save, field: PlateauField, state: FlowState, rate: FlowState, step
     """The row of a state, whose rate is known, after so many steps."""
     net, coordinates = field.state_net(state), state.coordinates
     norms = coordinates.norms()
+    # A step that will be rejected may have led to NaN, of which LAPACK complains.
+    directions = [jnp.where(jnp.all(jnp.isfinite(v)), v, 0) for v in coordinates.directions]
     spectra = tuple(
-        jnp.exp(u) * jnp.linalg.svd(v, compute_uv=False)
-        for u, v in zip(coordinates.log_units, coordinates.directions, strict=True)
+        jnp.exp(u) * jnp.linalg.svd(v, compute_uv=False) for u, v in zip(coordinates.log_units, directions, strict=True)
     )
     return Row(
         log_time=field.log_time(state),

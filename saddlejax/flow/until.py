@@ -47,11 +47,11 @@ class AbstractUntil(eqx.Module):
 
 
 def in_words(value: Float[Array, "..."]) -> str:
-    """A number, or the range of several, in six digits."""
+    """A number, or the range of several, with all its digits: stores tell sweeps apart by them."""
     if not _check.is_concrete(value):
         return "(being traced)"
     low, high = np.min(np.asarray(value)), np.max(np.asarray(value))
-    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 class Escape(AbstractUntil):
