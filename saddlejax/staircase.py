@@ -147,8 +147,10 @@ def plateaus(
 
     **Returns:** [`saddlejax.staircase.Plateaus`][].
 
-    **Raises:** `ValueError` for a batch of flows, or where the flow did not keep what is asked for.
+    **Raises:** `ValueError` for a batch of flows, where the flow did not keep what is asked for, and under `jit`, `vmap` or
+    `grad`: it runs on the host.
     """
+    _check.not_traced("staircase.plateaus", flow=flow, task=task, check=check)
     if flow.losses.ndim != 1:
         raise _check.fail(
             "flow",

@@ -93,8 +93,10 @@ def balanced_log_times(
 
     **Returns:** `log t`, `−inf` for the first; NaN from where `y` stops growing on the way.
 
-    **Raises:** `ValueError` for fewer than two norms, or norms that do not increase.
+    **Raises:** `ValueError` for fewer than two norms, norms that do not increase, and under `jit`, `vmap` or `grad`: it runs
+    on the host.
     """
+    _check.not_traced("manifold.balanced_log_times", norms=norms)
     _check.whole_number("depth", depth, least=2)
     _check.positive_number("norms", norms)
     values = np.asarray(norms, dtype=float)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.axes import Axes
 
+from .._check import not_traced
 from ..networks import AbstractNetwork
 from ..saddle import EscapeDirection
 from ..saddle.low_rank import singular_values as singular_values_of
@@ -25,6 +26,7 @@ def singular_values(best: EscapeDirection | AbstractNetwork | Sequence[Array], a
 
     **Arguments:** `best`, an escape direction, a network, or matrices; `ax`, made anew by default.
     """
+    not_traced("plot.singular_values", best=best)
     ax = quiet(ax)
     values = singular_values_of(best.weights if isinstance(best, EscapeDirection) else best)
     layers = np.arange(1, len(values) + 1)
@@ -59,6 +61,7 @@ def speeds(directions: Sequence[EscapeDirection], ax: Axes | None = None) -> Axe
 
     **Arguments:** `directions`, one escape direction a depth; `ax`, made anew by default.
     """
+    not_traced("plot.speeds", directions=directions)
     ax = quiet(ax)
     depths = [one.depth for one in directions]
     ax.plot(

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .._check import layer_indices
+from .._check import layer_indices, not_traced
 from ..flow import Flow
 from ._style import COLOURS, DASHES, GREY, quiet
 
@@ -20,6 +20,7 @@ def flow(flow: Flow, ax: Axes | None = None) -> Axes:
 
     **Arguments:** `flow`; `ax`, made anew by default.
     """
+    not_traced("plot.flow", flow=flow)
     ax = quiet(ax)
     log_times, losses = np.asarray(flow.log_times) / np.log(10), np.asarray(flow.losses)
     shown = np.isfinite(log_times)
@@ -66,6 +67,7 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
     **Arguments:** `flow`, with its singular values; `axes`, two of them, made anew by default; `layer`, whose singular
     values to show.
     """
+    not_traced("plot.staircase", flow=flow)
     if axes is None:
         _, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
     (layer,) = layer_indices(layer, flow.net.depth)
