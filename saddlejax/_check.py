@@ -1,9 +1,10 @@
 """Checks of arguments: every message names the argument, the rule, what came, and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -23,9 +24,9 @@ def positive_number(argument: str, value: Any, remedy: str = "") -> None:
     """Refuse anything but positive finite real numbers; traced values pass."""
     if not is_concrete(value):
         return
-    if isinstance(value, str):
-        raise fail(argument, "be a positive number", repr(value), remedy)
     try:
+        if np.asarray(value).dtype.kind in "bcSU":  # truth values, complex numbers and words
+            raise TypeError
         array = np.asarray(value, dtype=float)
     except (TypeError, ValueError):
         raise fail(argument, "be a positive number", repr(value), remedy) from None
@@ -37,6 +38,17 @@ def whole_number(argument: str, value: Any, least: int = 1) -> None:
     """Refuse anything but whole numbers of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise fail(argument, f"be a whole number of at least {least}", repr(value))
+
+
+def float_type(argument: str, dtype: Any) -> None:
+    """Refuse anything but single and double precision."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("float32", "float64"):
+        half = "Half precision cannot follow a plateau. " if name in ("float16", "bfloat16") else ""
+        raise fail(argument, "be in single or double precision", f"{name}", f"{half}Convert it to float32 or float64.")
 
 
 def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
@@ -56,19 +68,20 @@ def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
 
 
 def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
-    """Indices of layers, counted from 0 (negative from the end); None means all."""
+    """Indices of layers, counted from 0 (negative from the end), in the order given; None means all."""
     if layers is None:
         return tuple(range(depth))
-    chosen = (layers,) if isinstance(layers, int | np.integer) else tuple(layers)
+    alone = isinstance(layers, int | np.integer) or not isinstance(layers, Iterable)
+    chosen = (layers,) if alone else tuple(layers)
     for layer in chosen:
-        if not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
             raise fail(
                 "layers",
                 f"hold indices between 0 and {depth - 1} (the network has {depth} layers)",
-                list(chosen),
+                repr(layers if alone else list(chosen)),
             )
-    indices = tuple(sorted({int(layer) % depth for layer in chosen}))
-    if len(indices) != len(chosen):
+    indices = tuple(int(layer) % depth for layer in chosen)
+    if len(set(indices)) != len(indices):
         raise fail("layers", "name each layer once", list(chosen))
     return indices
 

@@ -106,7 +106,8 @@ def gradient_flow(
     rtol = jnp.asarray(rtol, dtype)
     method: AbstractMethod = Explicit(solver)
     if stiff and not kinked:
-        conserves = net.depth == 1 or classify_activation(net.activation).letter == "A"
+        known = _check.is_concrete(net.activation)
+        conserves = net.depth == 1 or (known and classify_activation(net.activation).letter == "A")
         method = Exponential(KRYLOV_SHARE * rtol, KRYLOV_SIZE, conserves)
     tolerance = f"{float(rtol):.6g}" if _check.is_concrete(rtol) and rtol.ndim == 0 else "traced"
     words = f"{method.describe()} in the plateau clock, rtol {tolerance}"
@@ -171,6 +172,8 @@ def _flow(end: Integration, target: str, method: str) -> Flow:
 
 
 def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
+    if not _check.is_concrete(net.activation):
+        return
     at_zero = value_at_zero(net.activation)
     if net.depth > 1 and at_zero != 0:
         warnings.warn(

@@ -1,19 +1,22 @@
 """How close layers are to rank one."""
 
 from collections.abc import Sequence
+from typing import cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import AbstractNetwork, Weights, check_weights, safe_norm
+from ..networks import AbstractNetwork, Weights, check_network, check_weights, safe_norm
 
 
 def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
     """The matrices of a network, or of a sequence of them."""
-    if isinstance(weights_or_net, AbstractNetwork):
-        return weights_or_net.matrices()
+    if isinstance(weights_or_net, eqx.Module):
+        check_network(weights_or_net, "weights_or_net")
+        return cast(AbstractNetwork, weights_or_net).matrices()
     if isinstance(weights_or_net, jax.Array) or not isinstance(weights_or_net, Sequence):
         raise _check.fail(
             "weights_or_net", "be a network or a sequence of matrices", f"of type {type(weights_or_net).__name__}"

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..activations import Activation
+from ..activations import ActivationParts
 from ..flow.clock import PlateauField
 from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
 from ..flow.state import FlowState
 from ..gradient import Gradient, gradient
-from ..networks import MLP, AbstractNetwork, Weights, predict
+from ..networks import MLP, AbstractNetworkOfParts, Weights, predict
 from ..tasks.task import Task
 
 
-class PaddedMLP(AbstractNetwork):
+class PaddedMLP(AbstractNetworkOfParts):
     """An MLP with room for the layers of the deepest of several.
 
     `weights` are those of the deepest network. A shallower one has its layers first and its last layer last; the
@@ -32,7 +32,7 @@ class PaddedMLP(AbstractNetwork):
     weights: Weights
     which: Int[Array, ""]
     depths: tuple[int, ...] = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
 
     def matrices(self) -> Weights:
         """The weights, zeros where a layer is missing."""
