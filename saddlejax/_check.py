@@ -48,7 +48,8 @@ def float_type(argument: str, dtype: Any) -> None:
         name = repr(dtype)
     if name not in ("float32", "float64"):
         half = "Half precision cannot follow a plateau. " if name in ("float16", "bfloat16") else ""
-        raise fail(argument, "be in single or double precision", f"{name}", f"{half}Convert it to float32 or float64.")
+        remedy = f"{half}Use float32 or float64; arrays are converted by .astype('float32')."
+        raise fail(argument, "be in single or double precision", name, remedy)
 
 
 def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def remembered(find: Callable[[Function], Result]) -> Callable[[Function], Resul
 
     @functools.wraps(find)
     def found(function: Function) -> Result:
-        return keep(function) if _is_hashable(function) else find(function)
+        return keep(function) if is_hashable(function) else find(function)
 
     return found
 
@@ -74,7 +74,7 @@ def evaluate(function: Function, z: np.ndarray, order: int = 0) -> np.ndarray:
         raise _traced("a function that holds traced arrays")
     if order == 0:
         compute: Callable[..., list[Array]] = _rows
-    elif _is_hashable(eqx.partition(function, is_array)[1]):
+    elif is_hashable(eqx.partition(function, is_array)[1]):
         compute = _compiled_rows
     else:
         compute = lambda _, points, order: jax.jit(lambda z: _rows(function, z, order))(points)  # noqa: E731
@@ -140,7 +140,8 @@ def _derivative(function: Function) -> Function:
     return lambda z: jax.jvp(function, (z,), (jnp.ones_like(z),))[1]
 
 
-def _is_hashable(value: Any) -> bool:
+def is_hashable(value: Any) -> bool:
+    """Whether a value can be a key."""
     try:
         hash(value)
     except TypeError:

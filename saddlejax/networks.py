@@ -155,7 +155,8 @@ def _arrays(argument: str, weights: Sequence[Array]) -> list[Array]:
     try:
         return [jnp.asarray(w) for w in weights]
     except (TypeError, ValueError) as error:
-        raise _check.fail(argument, "be a sequence of matrices", f"a {type(weights).__name__}: {error}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise _check.fail(argument, "be a sequence of matrices", f"of type {type(weights).__name__} ({reason})") from error
 
 
 def check_type(net: object, argument: str = "net") -> None:

@@ -115,7 +115,7 @@ def test_numbers_of_an_activation_everywhere_else():
     net = pair(slope, 1e-3)
     trained = sj.gradient_descent(net, ONE, optax.sgd(0.1), 10)
     assert float(trained.net.activation.slope) == 2.0
-    # Half of the loss is the steepest point of ½(1 − v)² in v, and so what is predicted, but for small v.
+    # The escape predicted is at v = 1/3, close to v = 1 − 1/√2, where half of the loss is left.
     assert float(sj.predict_escape(net, ONE).time) == pytest.approx(half_time(2.0, 1e-3)[0], rel=0.1)
 
 
@@ -132,6 +132,10 @@ def test_what_depends_on_traced_numbers_is_refused_in_words():
         jax.vmap(lambda slope: sj.classify_activation(Linear(slope)).gain * slope)(SLOPES)
     with pytest.raises(ValueError, match="activation must have values that are known here, .* Equinox module"):
         jax.vmap(lambda slope: slope * slope_jumps(lambda z: slope * z))(SLOPES)
+    with pytest.raises(ValueError, match="activation must have values that are known here"):
+        jax.vmap(lambda slope: sj.escape_direction(ONE, [1, 2, 1], Linear(slope), key=KEY).speed)(SLOPES)
+    with pytest.raises(ValueError, match="activation must be hashable in a sweep"):
+        sj.sweep(ONE, width=1, depth=2, activation=Linear(SLOPES[0]))
     # A network of such a function can still be evaluated.
     outputs = jax.vmap(lambda slope: sj.MLP.from_weights([[[1.0]], [[1.0]]], lambda z: slope * z)(jnp.ones(1)))(SLOPES)
     np.testing.assert_allclose(outputs[:, 0], SLOPES)

@@ -17,7 +17,7 @@ def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
     if isinstance(weights_or_net, eqx.Module):
         check_network(weights_or_net, "weights_or_net")
         return cast(AbstractNetwork, weights_or_net).matrices()
-    if isinstance(weights_or_net, jax.Array) or not isinstance(weights_or_net, Sequence):
+    if isinstance(weights_or_net, jax.Array | str) or not isinstance(weights_or_net, Sequence):
         raise _check.fail(
             "weights_or_net", "be a network or a sequence of matrices", f"of type {type(weights_or_net).__name__}"
         )
