@@ -72,14 +72,13 @@ def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, 
     """Indices of layers, counted from 0 (negative from the end), in the order given; None means all."""
     if layers is None:
         return tuple(range(depth))
-    alone = isinstance(layers, int | np.integer) or not isinstance(layers, Iterable)
-    chosen = (layers,) if alone else tuple(layers)
+    chosen: tuple[Any, ...] = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
             raise fail(
                 "layers",
                 f"hold indices between 0 and {depth - 1} (the network has {depth} layers)",
-                repr(layers if alone else list(chosen)),
+                repr(layers),
             )
     indices = tuple(int(layer) % depth for layer in chosen)
     if len(set(indices)) != len(indices):

@@ -54,8 +54,9 @@ def with_known_numbers(function: Function) -> Function:
     def known(leaf: Any) -> Any:
         if not isinstance(leaf, jax.core.Tracer):
             return leaf
-        numbers = np.linspace(0.57, 0.83, leaf.size).reshape(leaf.shape)
-        return numbers.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.ones(leaf.shape, leaf.dtype)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return np.ones(leaf.shape, leaf.dtype)
+        return np.linspace(0.57, 0.83, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(known, function)
 

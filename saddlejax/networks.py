@@ -62,8 +62,8 @@ class AbstractNetworkOfParts(AbstractNetwork):
 
     activation_parts: eqx.AbstractVar[ActivationParts]
 
-    @property
-    def activation(self) -> Activation:
+    @property  # type: ignore[misc]  # in Equinox a property may stand for an AbstractVar
+    def activation(self) -> Activation:  # type: ignore[override]
         """The activation `σ`."""
         return self.activation_parts.whole
 
@@ -156,7 +156,9 @@ def _arrays(argument: str, weights: Sequence[Array]) -> list[Array]:
         return [jnp.asarray(w) for w in weights]
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise _check.fail(argument, "be a sequence of matrices", f"of type {type(weights).__name__} ({reason})") from error
+        raise _check.fail(
+            argument, "be a sequence of matrices", f"of type {type(weights).__name__} ({reason})"
+        ) from error
 
 
 def check_type(net: object, argument: str = "net") -> None:

@@ -10,11 +10,19 @@ import scipy
 from jaxtyping import Array, Float
 
 from . import _check
-from .activations import ActivationParts
+from .activations import Activation, ActivationParts
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Flow, Save, Status, gradient_flow
 from .flow.result import power_of_ten
-from .networks import AbstractNetwork, AbstractNetworkOfParts, Weights, layer_norms, preactivations, predict, scale_layers
+from .networks import (
+    AbstractNetwork,
+    AbstractNetworkOfParts,
+    Weights,
+    layer_norms,
+    preactivations,
+    predict,
+    scale_layers,
+)
 from .saddle.origin import Tangent, pull, tangent
 from .tasks.task import Task, check_fits, match_precision, zero_loss
 
@@ -177,6 +185,10 @@ class UpperLayers(AbstractNetworkOfParts):
     multipliers: Weights
     activation_parts: ActivationParts
 
+    def __init__(self, weights: Weights, multipliers: Weights, activation: Activation):
+        self.weights, self.multipliers = weights, multipliers
+        self.activation_parts = ActivationParts(activation)
+
     def matrices(self) -> Weights:
         """The matrices that multiply the signals."""
         return tuple(w * m for w, m in zip(self.weights, self.multipliers, strict=True))
@@ -196,7 +208,7 @@ def leading_order_problem(net: AbstractNetwork, task: Task, slopes: Tangent, fir
     else:
         x, y = features, pulls * task.samples
     multipliers = net.with_weights([jnp.ones_like(w) for w in net.weights]).matrices()
-    upper = UpperLayers(net.weights[first:], multipliers[first:], ActivationParts(slopes))
+    upper = UpperLayers(net.weights[first:], multipliers[first:], slopes)
     return upper, Task(x, y, one_minus_overlap)
 
 

@@ -1,7 +1,6 @@
 """How close layers are to rank one."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import equinox as eqx
 import jax
@@ -16,7 +15,7 @@ def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
     """The matrices of a network, or of a sequence of them."""
     if isinstance(weights_or_net, eqx.Module):
         check_network(weights_or_net, "weights_or_net")
-        return cast(AbstractNetwork, weights_or_net).matrices()
+        return weights_or_net.matrices()
     if isinstance(weights_or_net, jax.Array | str) or not isinstance(weights_or_net, Sequence):
         raise _check.fail(
             "weights_or_net", "be a network or a sequence of matrices", f"of type {type(weights_or_net).__name__}"

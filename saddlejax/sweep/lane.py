@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from ..activations import Activation, ActivationParts
+from ..activations import Activation
 from ..flow import Save, gradient_flow
 from ..flow.until import AbstractUntil
 from ..networks import he_normal
@@ -97,8 +97,7 @@ def initial_network(group: Group, which: Array, lane: LaneValues) -> PaddedMLP:
     scaled = tuple(
         w * jnp.where(small, lane.scale, 1).astype(dtype) for w, small in zip(weights, lane.small, strict=True)
     )
-    parts = ActivationParts(group.activation)
-    return PaddedMLP(weights=scaled, which=which, depths=group.depths, activation_parts=parts)
+    return PaddedMLP(weights=scaled, which=which, depths=group.depths, activation=group.activation)
 
 
 def _draw(shape: tuple[int, int], dtype: jnp.dtype, layer: tuple[Array, Array]) -> Float[Array, "fan_out fan_in"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..activations import ActivationParts
+from ..activations import Activation, ActivationParts
 from ..flow.clock import PlateauField
 from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
@@ -33,6 +33,10 @@ class PaddedMLP(AbstractNetworkOfParts):
     which: Int[Array, ""]
     depths: tuple[int, ...] = eqx.field(static=True)
     activation_parts: ActivationParts
+
+    def __init__(self, weights: Weights, which: Int[Array, ""], depths: tuple[int, ...], activation: Activation):
+        self.weights, self.which, self.depths = weights, which, depths
+        self.activation_parts = ActivationParts(activation)
 
     def matrices(self) -> Weights:
         """The weights, zeros where a layer is missing."""
