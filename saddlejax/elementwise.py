@@ -83,7 +83,7 @@ def evaluate(function: Function, z: np.ndarray, order: int = 0) -> np.ndarray:
         points = jnp.asarray(z, dtype=jnp.float64)
         try:
             rows = compute(function, points, order)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             found = f"a function that raised {type(error).__name__}: {str(error).splitlines()[0]}"
             raise _check.fail("activation", "be an elementwise JAX function", found, _REMEDY) from error
         if not _check.is_concrete(rows):

@@ -150,6 +150,7 @@ NOT_ENTRY_BY_ENTRY = {
     "gated": jax.nn.glu,
     "not real": lambda z: 1j * z,
     "in NumPy": np.tanh,
+    "without derivative": lambda z: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(z.shape, z.dtype), z),
 }
 
 
@@ -247,7 +248,8 @@ REMEDY = r"another Equinox module, .*MLP.*saddlejax\.MLP\.from_weights\(\[layer\
 @pytest.mark.parametrize("name", [*TAKE_A_NETWORK, "scale_layers"])
 def test_what_is_no_network_is_refused_with_what_to_do(name):
     call = {**TAKE_A_NETWORK, "scale_layers": lambda net: sj.scale_layers(net, 0.1)}[name]
-    with pytest.raises(ValueError, match=REMEDY):
+    matrices_do = name in ("low_rank_margin", "stable_rank")
+    with pytest.raises(ValueError, match=r"of type MLP.*\[layer\.weight for" if matrices_do else REMEDY):
         call(eqx.nn.MLP(2, 2, 2, 1, key=KEY))
     for other in (None, "net", 3.0):
         with pytest.raises(ValueError, match=r"^(net|small|weights_or_net) must be "):
@@ -264,3 +266,19 @@ def test_networks_that_come_in_a_batch_are_refused():
     nets = jax.vmap(lambda scale: sj.scale_layers(sj.MLP([2, 2, 2], key=KEY), scale))(SLOPES)
     with pytest.raises(ValueError, match=r"net\.weights\[0\] must be a matrix"):
         sj.gradient_flow(nets, TASK)
+
+
+def test_other_whole_numbers_and_layers_are_checked():
+    net = sj.MLP([2, 2, 2], key=KEY)
+    for bad in (True, 0, 2.5):
+        with pytest.raises(ValueError, match="krylov_size must be a whole number"):
+            sj.ExponentialRosenbrock(krylov_size=bad)
+    with pytest.raises(ValueError, match="bottleneck must be a whole number"):
+        sj.escape_time(1e-3, True, layer_norms=[1.0])
+    with pytest.raises(ValueError, match="bottleneck must name each layer once"):
+        sj.sweep(TASK, width=2, depth=2, bottleneck=(0, 0), scale=0.1)
+    for call in (sj.predict_escape, sj.critical_exponent):
+        with pytest.raises(ValueError, match="layers must name at least one layer"):
+            call(net, TASK, layers=())
+        with pytest.raises(ValueError, match="layers must hold indices"):
+            call(net, TASK, layers=True)

@@ -291,7 +291,9 @@ def _layers(bottleneck: Any) -> tuple[int, ...] | None:
     if isinstance(bottleneck, tuple | list) and len(bottleneck) > 0:
         for layer in bottleneck:
             _check.whole_number("bottleneck", layer, least=0)
-        return tuple(sorted({int(layer) for layer in bottleneck}))
+        if len(set(bottleneck)) != len(bottleneck):
+            raise _check.fail("bottleneck", "name each layer once", bottleneck)
+        return tuple(sorted(int(layer) for layer in bottleneck))
     _check.whole_number("bottleneck", bottleneck)
     return tuple(range(int(bottleneck)))
 
