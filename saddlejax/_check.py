@@ -1,9 +1,10 @@
 """Checks of arguments: every message names the argument, the rule, what came, and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -33,9 +34,9 @@ def positive_number(argument: str, value: Any, remedy: str = "") -> None:
     """Refuse anything but positive finite real numbers; traced values pass."""
     if not is_concrete(value):
         return
-    if isinstance(value, str):
-        raise fail(argument, "be a positive number", repr(value), remedy)
     try:
+        if np.asarray(value).dtype.kind in "bcSU":  # truth values, complex numbers and words
+            raise TypeError
         array = np.asarray(value, dtype=float)
     except (TypeError, ValueError):
         raise fail(argument, "be a positive number", repr(value), remedy) from None
@@ -47,6 +48,18 @@ def whole_number(argument: str, value: Any, least: int = 1) -> None:
     """Refuse anything but whole numbers of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise fail(argument, f"be a whole number of at least {least}", repr(value))
+
+
+def float_type(argument: str, dtype: Any) -> None:
+    """Refuse anything but single and double precision."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("float32", "float64"):
+        half = "Half precision cannot follow a plateau. " if name in ("float16", "bfloat16") else ""
+        remedy = f"{half}Use float32 or float64; arrays are converted by .astype('float32')."
+        raise fail(argument, "be in single or double precision", name, remedy)
 
 
 def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
@@ -66,19 +79,19 @@ def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
 
 
 def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
-    """Indices of layers, counted from 0 (negative from the end); None means all."""
+    """Indices of layers, counted from 0 (negative from the end), in the order given; None means all."""
     if layers is None:
         return tuple(range(depth))
-    chosen = (layers,) if isinstance(layers, int | np.integer) else tuple(layers)
+    chosen: tuple[Any, ...] = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for layer in chosen:
-        if not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -depth <= layer < depth:
             raise fail(
                 "layers",
                 f"hold indices between 0 and {depth - 1} (the network has {depth} layers)",
-                list(chosen),
+                repr(layers),
             )
-    indices = tuple(sorted({int(layer) % depth for layer in chosen}))
-    if len(indices) != len(chosen):
+    indices = tuple(int(layer) % depth for layer in chosen)
+    if len(set(indices)) != len(indices):
         raise fail("layers", "name each layer once", list(chosen))
     return indices
 

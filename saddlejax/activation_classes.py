@@ -4,11 +4,16 @@ import equinox as eqx
 import numpy as np
 
 from .activations import Activation, activation_name, resolve_activation
-from .expansions import ORDERS, TOLERANCE, OneSidedExpansion, evaluate, expand
+from .elementwise import remembered, values_and_slopes, with_known_numbers
+from .expansions import ORDERS, TOLERANCE, OneSidedExpansion, expand, rounding
 
 _CLOSE = np.array([-(2.0**-60), -(2.0**-120), 2.0**-60, 2.0**-120])
 _NEXT_TO_ZERO = 2.0**-100
 _FAR = np.geomspace(2.0**-10, 1e3, 97)
+_SIDE = np.concatenate([np.geomspace(2.0**-60, 2.0**-7, 256), np.arange(1, 1536) / 64, np.geomspace(24, 1e3, 256)])
+_POINTS = np.concatenate([-_SIDE[::-1], _SIDE])
+_HALVINGS = 52
+_JUMP = 1e-5
 
 
 class ActivationClass(eqx.Module):
@@ -78,7 +83,11 @@ def classify_activation(activation: str | Activation) -> ActivationClass:
 
     **Raises:** `ValueError` for an unknown name, or a function that is not elementwise, real and differentiable by JAX.
     """
-    function = resolve_activation(activation)
+    return _classify(resolve_activation(activation))
+
+
+@remembered
+def _classify(function: Activation) -> ActivationClass:
     left, right, eps = expand(function)
     name, tolerance = activation_name(function), TOLERANCE * eps
     if left.coefficients is None or right.coefficients is None:
@@ -137,19 +146,76 @@ def value_at_zero(activation: str | Activation) -> float:
 
     Where `σ` jumps at zero, the one of its two limits that is further from zero.
     """
-    middle, *sides = evaluate(resolve_activation(activation), np.array([0.0, -_NEXT_TO_ZERO, _NEXT_TO_ZERO]))[0]
+    return _value_at_zero(resolve_activation(activation))
+
+
+@remembered
+def _value_at_zero(function: Activation) -> float:
+    (middle, *sides), _ = values_and_slopes(function, np.array([0.0, -_NEXT_TO_ZERO, _NEXT_TO_ZERO]))
     jumps = [float(side) for side in sides if abs(side - middle) > 1e-8]
     return max([float(middle), *jumps], key=abs)
 
 
 def slope_jumps_at_zero(activation: str | Activation) -> bool:
-    """Whether `σ'` differs between the two sides of zero, or has no limit there; can be asked while JAX is tracing."""
-    return _common_slope(resolve_activation(activation)) is None
+    """Whether `σ'` differs between the two sides of zero, or has no limit there; can be asked while JAX is tracing.
+
+    Arrays of the activation that are being traced are taken to have no special values.
+    """
+    return _common_slope(with_known_numbers(resolve_activation(activation))) is None
 
 
+def slope_jumps(activation: str | Activation) -> bool:
+    """Whether `σ'` jumps, or has no limit, anywhere up to `|z| = 1000`; can be asked while JAX is tracing.
+
+    The slopes are compared between neighbours of a grid of 4,094 points, at a distance of 1/64 up to `|z| = 24`, and all
+    intervals halved until they are down to rounding, always keeping the half over which the slope changes more. Over an
+    interval around a jump the change stays what it is, over any other it vanishes, however steep the function. Seen are
+    jumps of more than 1e-5 of the largest slope up to there (or of the rounding of the function, where that is more),
+    unless the slope changes the other way by more on the grid.
+
+    Arrays of the activation that are being traced are taken to have no special values.
+    """
+    function = with_known_numbers(resolve_activation(activation))
+    return _common_slope(function) is None or _slope_jumps_on_grid(function)
+
+
+@remembered
+def _slope_jumps_on_grid(function: Activation) -> bool:
+    with np.errstate(invalid="ignore", over="ignore"):
+        values, slopes = values_and_slopes(function, _POINTS)
+        slopes = slopes.astype(np.float64)
+        reach = np.maximum(np.maximum(np.abs(_POINTS[1:]), np.abs(_POINTS[:-1])), 1)
+        least = np.maximum(_JUMP, TOLERANCE * rounding(values) * reach) * _largest_within(slopes, reach)
+        left, right, below, above = _POINTS[:-1], _POINTS[1:], slopes[:-1], slopes[1:]
+        for _ in range(_HALVINGS):
+            if not np.any(_jump(below, above) > least):
+                return False
+            middle = 0.5 * (left + right)
+            between = values_and_slopes(function, middle)[1].astype(np.float64)
+            # Where there is no slope, as JAX finds it right at a singularity, both ends are kept.
+            known, lower = np.isfinite(between), _jump(below, between) >= _jump(between, above)
+            left, below = np.where(known & ~lower, (middle, between), (left, below))
+            right, above = np.where(known & lower, (middle, between), (right, above))
+        return bool(np.any(_jump(below, above) > least))
+
+
+def _jump(below: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """The change of the slope; 0 where the function overflows."""
+    change = np.abs(above - below)
+    return np.where(np.isfinite(change), change, 0.0)
+
+
+def _largest_within(slopes: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """The largest finite slope on the grid up to each `|z|`."""
+    order = np.argsort(np.abs(_POINTS), kind="stable")
+    sizes = np.where(np.isfinite(slopes), np.abs(slopes), 0.0)[order]
+    return np.maximum.accumulate(sizes)[np.searchsorted(np.abs(_POINTS)[order], reach, side="right") - 1]
+
+
+@remembered
 def _common_slope(function: Activation) -> float | None:
     """The limit of `σ'(z)` as `z → 0` if both sides have the same."""
-    slopes = evaluate(function, np.append(_CLOSE, [-1.0, 1.0]), order=1)[1].astype(np.float64)
+    slopes = values_and_slopes(function, np.append(_CLOSE, [-1.0, 1.0]))[1].astype(np.float64)
     size = np.max(np.abs(slopes))
     if not np.isfinite(size) or np.ptp(slopes[:4]) > 1e-6 * size:
         return None
@@ -175,7 +241,7 @@ def _homogeneity(function: Activation, eps: float, powers: np.ndarray | None) ->
     """Whether and to what degree `z σ' = p σ`; `powers` are those in the expansions, `None` if there are none."""
     z = np.stack([-_FAR, _FAR])
     with np.errstate(all="ignore"):
-        values, slopes = evaluate(function, z, order=1).astype(np.float64)
+        values, slopes = (array.astype(np.float64) for array in values_and_slopes(function, z))
         if powers is None:
             ratios = (z * slopes / values)[np.abs(values) > 0]
             degree = float(np.median(ratios)) if len(ratios) else 1.0

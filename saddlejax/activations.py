@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ._check import fail
+from .elementwise import check_elementwise, is_array
 
 Activation = Callable[[Array], Array]
 
@@ -158,7 +161,8 @@ def resolve_activation(activation: str | Activation) -> Activation:
 
     **Arguments:** `activation`, a name in [`saddlejax.ACTIVATIONS`][] or any elementwise JAX function.
 
-    **Raises:** `ValueError` for an unknown name, and for anything that is neither a name nor callable.
+    **Raises:** `ValueError` for an unknown name, for anything that is neither a name nor callable, and for a function
+    that does not act entry by entry, such as softmax, or that is not real or not differentiable by JAX.
     """
     if isinstance(activation, str):
         try:
@@ -168,7 +172,28 @@ def resolve_activation(activation: str | Activation) -> Activation:
             raise fail("activation", f"be one of {known}, or a JAX function", repr(activation)) from None
     if not callable(activation):
         raise fail("activation", "be a name or an elementwise JAX function", repr(activation))
+    if not any(activation is known for known in ACTIVATIONS.values()):
+        check_elementwise(activation)
     return activation
+
+
+class ActivationParts(eqx.Module):
+    """An activation as a network keeps it: `arrays`, those it holds, and `rest`, all else, a part of the structure.
+
+    A network is then a tree of arrays whatever its activation is, and two networks whose activations differ in the
+    values of their arrays only have one structure: nothing is compiled anew.
+    """
+
+    arrays: PyTree[Array]
+    rest: Any = eqx.field(static=True)
+
+    def __init__(self, activation: str | Activation):
+        self.arrays, self.rest = eqx.partition(resolve_activation(activation), is_array)
+
+    @property
+    def whole(self) -> Activation:
+        """The activation."""
+        return eqx.combine(self.arrays, self.rest)
 
 
 def activation_name(activation: Activation) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from . import _check
 from .manifold.network import BlockMLP
-from .networks import AbstractNetwork, layer_norms
+from .networks import AbstractNetwork, check_network, layer_norms
 
 LARGEST_SMALL = 1 / 3
 
@@ -30,8 +30,7 @@ def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
 
     **Raises:** `ValueError` while JAX is tracing the weights: name the layers then.
     """
-    if not isinstance(net, AbstractNetwork):
-        raise _check.fail("net", "be a network such as saddlejax.MLP", type(net).__name__)
+    check_network(net)
     if not _check.is_concrete(net.weights):
         raise _check.fail(
             "layers", "be given where the weights are traced", None, "For instance layers=range(net.depth)."
@@ -43,7 +42,11 @@ def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
 
 
 def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> tuple[int, ...]:
-    """The layers an argument names, or the bottleneck of the network where it is None."""
+    """The layers an argument names, in increasing order, or the bottleneck of the network where it is None."""
     if layers is None:
         return bottleneck_layers(net)
-    return _check.layer_indices(layers, net.depth)
+    check_network(net)
+    chosen = _check.layer_indices(layers, net.depth)
+    if not chosen:
+        raise _check.fail("layers", "name at least one layer", list(chosen))
+    return tuple(sorted(chosen))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .gradient import gradient
-from .networks import AbstractNetwork
+from .networks import AbstractNetwork, check_network
 from .tasks.task import Task, check_fits, match_precision
 
 PerLayer = Float[Array, " hidden_layers"]
@@ -30,6 +30,7 @@ def imbalance(net: AbstractNetwork, *, per_neuron: bool = False) -> PerLayer | P
 
     **Returns:** an array `(L − 1,)`; with `per_neuron`, a list of `L − 1` arrays `(n_l,)` with these sums.
     """
+    check_network(net)
     neurons = [
         jnp.sum(jnp.square(above), axis=0) - jnp.sum(jnp.square(below), axis=1)
         for below, above in zip(net.weights[:-1], net.weights[1:], strict=True)
@@ -76,6 +77,7 @@ def imbalance_matrices(net: AbstractNetwork) -> list[Float[Array, "neurons neuro
 
     **Returns:** a list of `L − 1` symmetric arrays `(n_l, n_l)`.
     """
+    check_network(net)
     return [
         jnp.matmul(above.T, above, precision="highest") - jnp.matmul(below, below.T, precision="highest")
         for below, above in zip(net.weights[:-1], net.weights[1:], strict=True)

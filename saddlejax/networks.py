@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _check
 from ._normal import standard_normal
-from .activations import Activation, activation_name, resolve_activation
+from .activations import Activation, ActivationParts, activation_name
+from .elementwise import check_elementwise, is_array
 
 Weights = tuple[Float[Array, "fan_out fan_in"], ...]
 Net = TypeVar("Net", bound="AbstractNetwork")
@@ -22,8 +23,12 @@ Net = TypeVar("Net", bound="AbstractNetwork")
 class AbstractNetwork(eqx.Module):
     """A bias-free network `z_l = M_l h_{l−1}`, `h_l = σ(z_l)` for `l < L`, `f(x) = z_L`.
 
-    `weights` are the parameters that a gradient flow moves, one array a layer; `matrices()` are the `M_l`
-    they stand for, the weights themselves in an ordinary network.
+    `weights` are the parameters that a gradient flow moves, one matrix a layer; `matrices()` are the `M_l`
+    they stand for, of the same shapes: the weights themselves in an ordinary network. Arrays of the activation, and
+    other arrays that `matrices()` uses, are fixed numbers: one can differentiate by them, but no flow moves them.
+
+    A subclass says by `matrices()` what it computes. One that overrides `__call__`, or that holds arrays (such as
+    biases) which `matrices()` does not use, is refused: flows would follow another network than the one it is.
     """
 
     weights: eqx.AbstractVar[Weights]
@@ -52,23 +57,37 @@ class AbstractNetwork(eqx.Module):
         return eqx.tree_at(lambda net: net.weights, self, tuple(weights))
 
 
-class MLP(AbstractNetwork):
+class AbstractNetworkOfParts(AbstractNetwork):
+    """A network that is a tree of arrays, whatever its activation: it keeps the arrays and the rest of it apart."""
+
+    activation_parts: eqx.AbstractVar[ActivationParts]
+
+    @property  # type: ignore[misc]  # in Equinox a property may stand for an AbstractVar
+    def activation(self) -> Activation:  # type: ignore[override]
+        """The activation `σ`."""
+        return self.activation_parts.whole
+
+
+class MLP(AbstractNetworkOfParts):
     """A multilayer perceptron without biases.
 
     **Arguments:**
 
     - `sizes`: the sizes of the layers, `[in_size, width, …, out_size]`; `L = len(sizes) − 1`.
-    - `activation`: a name from `saddlejax.ACTIVATIONS` or any elementwise JAX function.
+    - `activation`: a name from `saddlejax.ACTIVATIONS` or any elementwise JAX function. An Equinox module with arrays
+      serves too: its values may differ between the lanes of a `vmap`, and one can differentiate by them, but training
+      moves the weights only.
     - `key`: a JAX random key; the weights are He-normal, `W_l ~ N(0, 2/n_{l−1})`.
-    - `dtype`: of the weights; by default JAX's default float type.
+    - `dtype`: of the weights, float32 or float64; by default JAX's default float type.
 
     `weights` is a tuple of `L` arrays of shape `(fan_out, fan_in)`.
 
-    **Raises:** `ValueError` for fewer than two sizes, sizes below one, or an unknown activation.
+    **Raises:** `ValueError` for fewer than two sizes, sizes below one, an unknown activation or one that does not act
+    entry by entry, and for weights in half precision.
     """
 
     weights: Weights
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
 
     def __init__(
         self,
@@ -79,18 +98,21 @@ class MLP(AbstractNetwork):
         dtype: jnp.dtype | type | None = None,
     ):
         sizes = _check.layer_sizes("sizes", sizes)
-        self.activation = resolve_activation(activation)
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        _check.float_type("dtype", dtype)
+        self.activation_parts = ActivationParts(activation)
         keys = jax.random.split(key, len(sizes) - 1)
         shapes = zip(sizes[1:], sizes[:-1], strict=True)
-        self.weights = tuple(he_normal(k, shape, dtype or float) for k, shape in zip(keys, shapes, strict=True))
+        self.weights = tuple(he_normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
 
     @classmethod
     def from_weights(cls, weights: Sequence[Array], activation: str | Activation = "relu") -> "MLP":
         """The network with given weights, a sequence of `L` arrays of shape `(fan_out, fan_in)`.
 
-        **Raises:** `ValueError` where the shapes of neighbouring layers do not fit.
+        **Raises:** `ValueError` where the shapes of neighbouring layers do not fit, for weights in half precision or
+        that are not real, and for activations as `MLP` does.
         """
-        arrays = [jnp.asarray(w) for w in weights]
+        arrays = _arrays("weights", weights)
         check_weights("weights", arrays)
         dtype = jnp.result_type(*arrays)
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
@@ -118,6 +140,8 @@ def check_weights(argument: str, weights: Sequence[Array]) -> None:
     for layer, w in enumerate(weights):
         if w.ndim != 2 or 0 in w.shape:
             raise _check.fail(f"{argument}[{layer}]", "be a matrix (fan_out, fan_in)", f"of shape {w.shape}")
+        if not jnp.issubdtype(w.dtype, jnp.integer):
+            _check.float_type(f"{argument}[{layer}]", w.dtype)
     for layer, (below, above) in enumerate(itertools.pairwise(weights)):
         if below.shape[0] != above.shape[1]:
             raise _check.fail(
@@ -125,6 +149,85 @@ def check_weights(argument: str, weights: Sequence[Array]) -> None:
                 "fit together: the columns of a layer are the rows of the one below",
                 f"{below.shape} in layer {layer} and {above.shape} in layer {layer + 1}",
             )
+
+
+def _arrays(argument: str, weights: Sequence[Array]) -> list[Array]:
+    try:
+        return [jnp.asarray(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise _check.fail(
+            argument, "be a sequence of matrices", f"of type {type(weights).__name__} ({reason})"
+        ) from error
+
+
+def check_type(net: object, argument: str = "net") -> None:
+    """Refuse what is no network of this package."""
+    if isinstance(net, AbstractNetwork):
+        return
+    name = type(net).__name__
+    if not isinstance(net, eqx.Module):
+        raise _check.fail(argument, "be a network such as saddlejax.MLP", name)
+    raise _check.fail(
+        argument,
+        "be a network of saddlejax, such as saddlejax.MLP",
+        f"another Equinox module, {type(net).__module__}.{name}",
+        "Of a perceptron make a network without biases: saddlejax.MLP.from_weights([layer.weight for layer in "
+        "mlp.layers], activation). For other models see 'A network' on the page on extending saddlejax.",
+    )
+
+
+def check_network(net: object, argument: str = "net") -> None:
+    """Refuse what is no network, or one that its `weights`, `matrices()` and `activation` do not describe."""
+    check_type(net, argument)
+    assert isinstance(net, AbstractNetwork)
+    name = type(net).__name__
+    if type(net).__call__ is not AbstractNetwork.__call__:
+        raise _check.fail(
+            argument,
+            "be the network that its matrices() and its activation describe",
+            f"a {name}, which overrides __call__",
+            "A flow would follow the network without that. Say by matrices() what it computes.",
+        )
+    matrices = net.matrices() if isinstance(net, MLP) else eqx.filter_eval_shape(net.matrices)
+    shapes, expected = [w.shape for w in net.weights], [m.shape for m in matrices]
+    if shapes != expected:
+        raise _check.fail(
+            argument,
+            "have a matrix of the same shape for each of its weights",
+            f"a {name} with weights of shapes {shapes} and matrices of shapes {expected}",
+            "Layers that share weights are not supported.",
+        )
+    check_weights(f"{argument}.weights", net.weights)
+    for layer, w in enumerate(net.weights):
+        _check.float_type(f"{argument}.weights[{layer}]", w.dtype)
+    if (unused := _unused_arrays(net)) > 0:
+        raise _check.fail(
+            argument,
+            "hold no floating-point arrays but its weights, those of its activation, and those that matrices() uses",
+            f"a {name} with {unused} more, such as biases",
+            "They would be left out of what is computed and would not be trained. Networks have no biases here.",
+        )
+    check_elementwise(net.activation)
+
+
+def _unused_arrays(net: AbstractNetwork) -> int:
+    """How many floating-point arrays a network holds that have no part in what it computes."""
+    known = {id(leaf) for leaf in jax.tree.leaves((net.weights, net.activation))}
+    others, rest = eqx.partition(net, lambda leaf: eqx.is_inexact_array(leaf) and id(leaf) not in known)
+    if not (leaves := jax.tree.leaves(others)):
+        return 0
+    program = jax.make_jaxpr(lambda others: eqx.combine(others, rest).matrices())(others).jaxpr
+    used = {id(variable) for equation in program.eqns for variable in equation.invars}
+    used |= {id(variable) for variable in program.outvars}
+    return len(leaves) - sum(id(variable) in used for variable in program.invars)
+
+
+def cast(net: Net, dtype: jnp.dtype | type | str) -> Net:
+    """The same network with its floating-point arrays, those of its activation included, in another precision."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, net
+    )
 
 
 def preactivations(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> list[Float[Array, "*batch _"]]:
@@ -152,7 +255,7 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
     **Arguments:**
 
     - `net`: any network.
-    - `scale`: a positive number, or one a chosen layer.
+    - `scale`: a positive number for all chosen layers, or one for each of them, in the order of `layers`.
     - `layers`: indices from 0, negative ones from the end; by default every layer. Choosing `r` layers of an
       otherwise He-normal network makes a bottleneck of `r` layers.
 
@@ -160,12 +263,13 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
 
     **Raises:** `ValueError` for scales that are not positive, unknown or repeated layers.
     """
+    check_type(net)
     _check.positive_number("scale", scale, "An init scale multiplies the weights; use a small positive one.")
     chosen = _check.layer_indices(layers, net.depth)
     scales = jnp.asarray(scale)
     if scales.ndim > 1 or (scales.ndim == 1 and scales.shape != (len(chosen),)):
         raise _check.fail(
-            "scale", f"be a number or {len(chosen)} numbers, one a chosen layer", f"of shape {scales.shape}"
+            "scale", f"be a number or {len(chosen)} numbers, one for each chosen layer", f"of shape {scales.shape}"
         )
     scales = jnp.broadcast_to(scales, (len(chosen),))
     weights = list(net.weights)

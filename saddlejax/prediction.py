@@ -10,11 +10,19 @@ import scipy
 from jaxtyping import Array, Float
 
 from . import _check
-from .activations import Activation
+from .activations import Activation, ActivationParts
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Flow, Save, Status, gradient_flow
 from .flow.result import power_of_ten
-from .networks import AbstractNetwork, Weights, layer_norms, preactivations, predict, scale_layers
+from .networks import (
+    AbstractNetwork,
+    AbstractNetworkOfParts,
+    Weights,
+    layer_norms,
+    preactivations,
+    predict,
+    scale_layers,
+)
 from .saddle.origin import Tangent, pull, tangent
 from .tasks.task import Task, check_fits, match_precision, zero_loss
 
@@ -170,12 +178,16 @@ def _follow(net: AbstractNetwork, task: Task) -> Flow:
     return gradient_flow(net, task, Escape(loss_fraction=0.5), save=Save(steps=False, singular_values=False))
 
 
-class UpperLayers(AbstractNetwork):
+class UpperLayers(AbstractNetworkOfParts):
     """The last layers of a network, with the tangent of its activation; every weight times a fixed multiplier."""
 
     weights: Weights
     multipliers: Weights
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
+
+    def __init__(self, weights: Weights, multipliers: Weights, activation: Activation):
+        self.weights, self.multipliers = weights, multipliers
+        self.activation_parts = ActivationParts(activation)
 
     def matrices(self) -> Weights:
         """The matrices that multiply the signals."""
@@ -196,9 +208,8 @@ def leading_order_problem(net: AbstractNetwork, task: Task, slopes: Tangent, fir
     else:
         x, y = features, pulls * task.samples
     multipliers = net.with_weights([jnp.ones_like(w) for w in net.weights]).matrices()
-    return UpperLayers(weights=net.weights[first:], multipliers=multipliers[first:], activation=slopes), Task(
-        x, y, one_minus_overlap
-    )
+    upper = UpperLayers(net.weights[first:], multipliers[first:], slopes)
+    return upper, Task(x, y, one_minus_overlap)
 
 
 def one_minus_overlap(prediction: Float[Array, " out"], target: Float[Array, " out"]) -> Float[Array, ""]:
@@ -275,6 +286,7 @@ def bottleneck_for_steps(net: AbstractNetwork, task: Task, scale: float, steps: 
 
     **Returns:** between 0 and the depth; 0 where even one small layer takes longer.
     """
+    check_fits(net, task)
     _check.positive_number("steps", steps)
     allowed = 0
     for r in range(1, net.depth + 1):

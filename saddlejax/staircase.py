@@ -10,7 +10,7 @@ import numpy as np
 import scipy
 
 from . import _check
-from .activation_classes import slope_jumps_at_zero
+from .activation_classes import slope_jumps
 from .flow.result import Flow, power_of_ten
 from .flow.rounding import log_gradient_rounding, log_sensitivity
 from .flow.status import Status
@@ -215,7 +215,7 @@ def plateaus(
                 log_end_error=errors[i],
             )
         )
-    kinked = flow.net.depth > 1 and slope_jumps_at_zero(flow.net.activation)
+    kinked = flow.net.depth > 1 and slope_jumps(flow.net.activation)
     return Plateaus(tuple(found), rank_tolerance, known_roughly=kinked and check is None)
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.activation_classes import slope_jumps_at_zero, value_at_zero
+from saddlejax.activation_classes import slope_jumps, slope_jumps_at_zero, value_at_zero
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 ROOT_PI = math.sqrt(math.pi)
@@ -223,6 +224,75 @@ def test_slopes_and_values_at_zero(any_precision):
     assert value_at_zero(lambda z: jnp.where(z < 0, -0.5, jnp.tanh(z))) == -0.5
     scaled = ScaledTanh(2.0)
     assert value_at_zero(scaled) == 0 and not slope_jumps_at_zero(scaled)
+
+
+KINKED = {
+    "hard swish": jax.nn.hard_swish,
+    "hard sigmoid": jax.nn.hard_sigmoid,
+    "far out": lambda z: jnp.clip(z, -300.3, 300.3),
+    "triangles": lambda z: jnp.abs(z % 2 - 1),
+    "small kink": lambda z: jnp.tanh(z) + 1e-3 * jnp.maximum(z - math.pi, 0),
+    "kink of a growing function": lambda z: z**4 + jnp.abs(z - 2),
+    "square root": lambda z: jnp.sqrt(jnp.abs(z - 1.234)),
+    "single precision": lambda z: jnp.clip(z.astype(jnp.float32), -1, 1),
+    "a number in it": eqx.nn.PReLU(0.2),
+}
+SMOOTH = {
+    "steep": lambda z: jnp.tanh(50 * z),
+    "very steep": lambda z: jnp.tanh(1e6 * (z - 0.3)),
+    "nearly a kink": lambda z: jax.nn.softplus(1e4 * (z - 0.3)) / 1e4,
+    "fast": lambda z: jnp.sin(50 * z),
+    "ever faster": lambda z: jnp.sin(z * z),
+    "overflows": jnp.expm1,
+    "grows": lambda z: z**9,
+    "has poles": jnp.tan,
+    "single precision": lambda z: jnp.sin(z.astype(jnp.float32)),
+    "spline": lambda z: jnp.maximum(z - 3, 0) ** 2,
+    "not hashable": ScaledTanh(50.0),
+}
+
+
+def test_kinks_anywhere_are_found(any_precision):
+    kinked = {"relu", "leaky_relu", "abs", "selu", "relu6", "hard_tanh"}
+    assert {name for name in sj.ACTIVATIONS if slope_jumps(name)} == kinked
+    assert all(slope_jumps(function) for function in KINKED.values())
+    assert not any(slope_jumps(function) for function in SMOOTH.values())
+    assert not slope_jumps(eqx.nn.PReLU(1.0))
+
+
+def test_kinks_are_found_while_tracing():
+    assert jax.jit(lambda x: x * slope_jumps(KINKED["hard swish"]))(2.0) == 2
+    # Numbers that are traced count as ordinary ones, other than the slope of one that makes a line of it.
+    np.testing.assert_array_equal(jax.vmap(lambda a: a * slope_jumps(eqx.nn.PReLU(a)))(jnp.ones(2)), [1, 1])
+
+
+def test_what_was_found_about_a_function_is_kept():
+    called = []
+
+    def function(z):
+        called.append(z)
+        return jnp.tanh(z)
+
+    found, before = [], 0
+    for _ in range(2):
+        before = len(called)
+        found.append((str(sj.classify_activation(function)), value_at_zero(function), slope_jumps(function)))
+    assert found[0] == found[1]
+    assert len(called) == before
+
+
+def test_a_stiff_flow_looks_at_its_activation_once():
+    called = []
+
+    def function(z):
+        called.append(z)
+        return jnp.tanh(z)
+
+    net = sj.MLP.from_weights([[[1e-2]], [[1e-2]]], function)
+    for _ in range(2):
+        before = len(called)
+        sj.gradient_flow(net, sj.Task([[1.0]], [[1.0]]), stiff=True)
+    assert len(called) == before
 
 
 def test_summary():

@@ -49,6 +49,10 @@ def test_scale_layers_scales_the_chosen_layers_only():
     np.testing.assert_allclose(
         [float(b[0, 0] / a[0, 0]) for a, b in zip(net.weights, each.weights, strict=True)], [1, 2, 3]
     )
+    for layers, factors in (((2, 0), [0.5, 1, 0.1]), ((-1, 1), [1, 0.5, 0.1]), (np.array([1, 0]), [0.5, 0.1, 1])):
+        paired = sj.scale_layers(net, [0.1, 0.5], layers=layers)
+        ratios = [float(b[0, 0] / a[0, 0]) for a, b in zip(net.weights, paired.weights, strict=True)]
+        np.testing.assert_allclose(ratios, factors)
     batched = jax.vmap(lambda e: sj.scale_layers(net, e).weights[0])(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(batched[1], 2 * net.weights[0])
 
@@ -64,6 +68,18 @@ def test_scale_layers_scales_the_chosen_layers_only():
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.0), "scale must be positive"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), -1.0), "scale must be positive"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=2), "layers must hold indices"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=True), "layers must hold indices.*was True"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=[True]), "layers must hold indices"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=1.0), "layers must hold indices"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), True), "scale must be a positive number"),
+        (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), ["0.1", "1"]), "scale must be a positive number"),
+        (lambda: sj.MLP([3, 2, 1], key=KEY, dtype="float16"), "dtype must be in single or double precision.*float16"),
+        (lambda: sj.MLP([3, 2, 1], key=KEY, dtype=jnp.bfloat16), "dtype must be .*float32 or float64"),
+        (lambda: sj.MLP([3, 2, 1], key=KEY, dtype=int), "dtype must be in single or double precision"),
+        (lambda: sj.MLP.from_weights([np.ones((1, 2), np.float16)]), r"weights\[0\] must be in single or double"),
+        (lambda: sj.MLP.from_weights([np.ones((1, 2), complex)]), r"weights\[0\] must be in single or double"),
+        (lambda: sj.MLP.from_weights(None), "weights must be a sequence of matrices"),
+        (lambda: sj.low_rank_margin([jnp.ones((2, 2), jnp.bfloat16)]), r"weights_or_net\[0\] must be in single"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=(1, -1)), "layers must name each layer once"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), [0.1, 0.2, 0.3]), "scale must be a number or 2 numbers"),
         (lambda: sj.MLP.from_weights([jnp.ones((2, 3)), jnp.ones((1, 3))]), "weights must fit together"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from .. import _check
 from ..networks import safe_norm
 from .krylov import Function, KrylovProblem, KrylovSpace, phi
 
@@ -116,6 +117,9 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
     norm: Norm = eqx.field(static=True, default=relative_to_leaves)
     term_structure: ClassVar = dfx.ODETerm
     interpolation_cls: ClassVar[Callable[..., ExponentialInterpolation]] = ExponentialInterpolation
+
+    def __check_init__(self) -> None:
+        _check.whole_number("krylov_size", self.krylov_size)
 
     def order(self, terms: dfx.ODETerm) -> int:
         """Four; the error estimate is that of a method of order three."""

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
 from .. import _check
-from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
+from ..activation_classes import classify_activation, slope_jumps, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
 from .integrate import LEAST_ERROR, Integration, integrate
@@ -54,7 +54,7 @@ def gradient_flow(
     - `until`: [`saddlejax.Escape`][] (the default, `Escape()`, is the steepest point of the first descent),
       [`saddlejax.Time`][] or [`saddlejax.Loss`][].
     - `rtol`: the error of a step relative to each layer, by default 1e-4, or 2e-4 where the slope of the activation
-      jumps at zero. On the way to an escape an error of the layers counts by its influence on the escape time, down
+      jumps. On the way to an escape an error of the layers counts by its influence on the escape time, down
       to a twentieth: late on the plateau, when nearly all of the time has passed, steps are longer.
     - `save`: what to keep on the way, see [`saddlejax.Save`][].
     - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5` for smooth
@@ -82,7 +82,7 @@ def gradient_flow(
     if not isinstance(save, Save | None):
         raise _check.fail("save", "be saddlejax.Save(...), such as Save(weights=True)", repr(save))
     _check.whole_number("max_steps", max_steps)
-    kinked = net.depth > 1 and slope_jumps_at_zero(net.activation)
+    kinked = net.depth > 1 and slope_jumps(net.activation)
     if rtol is None:
         rtol = KINKED_RTOL if kinked else STIFF_RTOL if stiff else SMOOTH_RTOL
     _check.positive_number("rtol", rtol)
@@ -107,7 +107,8 @@ def gradient_flow(
     rtol = jnp.asarray(rtol, dtype)
     method: AbstractMethod = Explicit(solver)
     if stiff and not kinked:
-        conserves = net.depth == 1 or classify_activation(net.activation).letter == "A"
+        known = _check.is_concrete(net.activation)
+        conserves = net.depth == 1 or (known and classify_activation(net.activation).letter == "A")
         method = Exponential(rtol, KRYLOV_SIZE, conserves)
     arguments = (net, task, until, save, rtol, min_step, method, max_steps)
     if isinstance(method, Exponential) and _check.is_concrete(arguments):
@@ -200,6 +201,8 @@ def _warn_where_rounding_matters(flow: Flow, end: Integration) -> None:
 
 
 def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
+    if not _check.is_concrete(net.activation):
+        return
     at_zero = value_at_zero(net.activation)
     if net.depth > 1 and at_zero != 0:
         warnings.warn(

@@ -4,12 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ..activations import Activation, activation_name
-from ..networks import AbstractNetwork, Weights
+from ..activations import Activation, ActivationParts, activation_name
+from ..networks import AbstractNetworkOfParts, Weights
 from .blocks import Labels, block_sizes
 
 
-class BlockMLP(AbstractNetwork):
+class BlockMLP(AbstractNetworkOfParts):
     """A narrow network whose gradient flow is that of a wide one with blocks of identical neurons.
 
     `weights` are the isometric coordinates `A_l` (`‖A_l‖_F = ‖W_l‖_F` of the wide network); with `m_l[p]` the number of
@@ -21,7 +21,11 @@ class BlockMLP(AbstractNetwork):
 
     weights: Weights
     labels: tuple[Labels, ...] = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
+
+    def __init__(self, weights: Weights, labels: tuple[Labels, ...], activation: str | Activation):
+        self.weights, self.labels = weights, labels
+        self.activation_parts = ActivationParts(activation)
 
     def matrices(self) -> Weights:
         """The matrices that multiply the signals, `A_l[p, q] √(m_{l−1}[q]/m_l[p])`."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import MLP, AbstractNetwork, safe_norm
+from ..networks import MLP, AbstractNetwork, check_network, safe_norm
 from .blocks import Blocks, compress, hidden_labels, spread
 from .network import BlockMLP
 
@@ -52,8 +52,7 @@ def expand(small: AbstractNetwork, widths: int | Sequence[int] | None = None) ->
 
     **Raises:** `ValueError` for widths below the number of units, and for no widths where `small` is an ordinary network.
     """
-    if not isinstance(small, AbstractNetwork):
-        raise _check.fail("small", "be a network such as saddlejax.manifold.BlockMLP", type(small).__name__)
+    check_network(small, "small")
     hidden = small.sizes[1:-1]
     if widths is None:
         if not isinstance(small, BlockMLP):
@@ -95,6 +94,7 @@ def _layer_distances(net: MLP, blocks: Blocks) -> list[Array]:
 
 
 def _labels(net: MLP, blocks: Blocks) -> tuple[tuple[int, ...], ...]:
+    check_network(net)
     if not isinstance(net, MLP):
         raise _check.fail("net", "be a saddlejax.MLP", type(net).__name__)
     return hidden_labels(blocks, net.sizes[1:-1])

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..activations import Activation, resolve_activation
+from ..activations import Activation
 from ..saddle.origin import origin_matrix
 from ..tasks.task import Task, task_loss
 from .network import BlockMLP
@@ -60,7 +60,7 @@ def chain(
     net = BlockMLP(
         weights=tuple(norm * direction for norm, direction in zip(norms, directions, strict=True)),
         labels=((0,) * width,) * (norms.size - 1),
-        activation=resolve_activation(activation),
+        activation=activation,
     )
     return net, task
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import AbstractNetwork, check_weights
+from ..networks import AbstractNetwork, check_network, check_weights
 from .ascent import unit_layers
 from .merge import merge
 from .origin import tangent
@@ -28,6 +28,7 @@ def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Arr
 
     **Raises:** `ValueError` for matrices that do not fit the network.
     """
+    check_network(net)
     rho = [np.asarray(w, float) for w in direction]
     check_weights("direction", [jnp.asarray(w) for w in rho])
     matrices = unit_layers(net.matrices())

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from threadpoolctl import threadpool_limits
 
 from .. import _check
-from ..activations import Activation, resolve_activation
+from ..activations import Activation, ActivationParts, resolve_activation
 from ..networks import Weights
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
@@ -82,7 +82,7 @@ def escape_direction(
         residual=found["residuals"][0],
         plain_residual=found.pop("plain_residuals")[0],
         rank_one_speed=found["rank_one_speeds"][0],
-        activation=sigma,
+        activation_parts=ActivationParts(sigma),
         **found,
     )
 
@@ -123,7 +123,7 @@ def _closed_form(task: Task, sizes: tuple[int, ...], sigma: Activation, gain: fl
         gradient_evaluations=none,
         polish_evaluations=none,
         start_kinds=none + RANK_ONE,
-        activation=sigma,
+        activation_parts=ActivationParts(sigma),
     )
 
 

@@ -7,16 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import AbstractNetwork, Weights, check_weights, safe_norm
+from ..networks import AbstractNetwork, Weights, check_network, check_weights, safe_norm
 
 
 def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
     """The matrices of a network, or of a sequence of them."""
     if isinstance(weights_or_net, AbstractNetwork):
+        check_network(weights_or_net, "weights_or_net")
         return weights_or_net.matrices()
-    if isinstance(weights_or_net, jax.Array) or not isinstance(weights_or_net, Sequence):
+    if isinstance(weights_or_net, jax.Array | str) or not isinstance(weights_or_net, Sequence):
         raise _check.fail(
-            "weights_or_net", "be a network or a sequence of matrices", f"of type {type(weights_or_net).__name__}"
+            "weights_or_net",
+            "be a network of saddlejax or a sequence of matrices",
+            f"of type {type(weights_or_net).__name__}",
+            "Of another model give its matrices, such as [layer.weight for layer in mlp.layers].",
         )
     weights = tuple(jnp.asarray(w) for w in weights_or_net)
     check_weights("weights_or_net", weights)

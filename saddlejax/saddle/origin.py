@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..activations import Activation, activation_name, resolve_activation
+from ..elementwise import evaluate
 from ..networks import AbstractNetwork, Weights
 from ..tasks.task import Task, check_fits, match_precision
 
@@ -44,10 +45,8 @@ def tangent(activation: str | Activation) -> Tangent:
     """
     sigma = resolve_activation(activation)
     name = repr(activation_name(sigma))
-    with jax.ensure_compile_time_eval():
-        points = np.asarray([sign * h for sign in (-1, 1) for h in _PROBES])
-        at_zero = float(sigma(jnp.zeros(())))
-        values = np.asarray(sigma(jnp.asarray(points, float)), float) if at_zero == 0 else points
+    points = np.asarray([sign * h for sign in (-1, 1) for h in _PROBES])
+    at_zero, *values = evaluate(sigma, np.array([0.0, *points]))[0].astype(float)
     if at_zero != 0:
         raise _check.fail(
             "activation",

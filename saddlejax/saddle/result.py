@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..activations import Activation, activation_name
+from ..activations import Activation, ActivationParts, activation_name
 from ..networks import MLP, Weights
 from .low_rank import singular_values
 from .optima import Optimum, distinct
@@ -47,7 +47,12 @@ class EscapeDirection(eqx.Module):
     gradient_evaluations: Int[Array, " starts"]
     polish_evaluations: Int[Array, " starts"]
     start_kinds: Int[Array, " starts"]
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
+
+    @property
+    def activation(self) -> Activation:
+        """The activation `σ` of the networks."""
+        return self.activation_parts.whole
 
     @property
     def depth(self) -> int:

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..activations import Activation
+from ..activations import Activation, ActivationParts
 from ..flow.clock import PlateauField
 from ..flow.explicit_step import ExplicitStep, explicit_step
 from ..flow.layer_shapes import LayerShapes
 from ..flow.rounding import signal_left
 from ..flow.state import FlowState
 from ..gradient import Gradient, gradient
-from ..networks import MLP, AbstractNetwork, Weights, predict
+from ..networks import MLP, AbstractNetworkOfParts, Weights, predict
 from ..tasks.task import Task
 
 
-class PaddedMLP(AbstractNetwork):
+class PaddedMLP(AbstractNetworkOfParts):
     """An MLP with room for the layers of the deepest of several.
 
     `weights` are those of the deepest network. A shallower one has its layers first and its last layer last; the
@@ -33,7 +33,11 @@ class PaddedMLP(AbstractNetwork):
     weights: Weights
     which: Int[Array, ""]
     depths: tuple[int, ...] = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation_parts: ActivationParts
+
+    def __init__(self, weights: Weights, which: Int[Array, ""], depths: tuple[int, ...], activation: Activation):
+        self.weights, self.which, self.depths = weights, which, depths
+        self.activation_parts = ActivationParts(activation)
 
     def matrices(self) -> Weights:
         """The weights, zeros where a layer is missing."""

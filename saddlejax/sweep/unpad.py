@@ -1,7 +1,6 @@
 """The record of a flow without padding, and measurements brought to one shape for all depths."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -61,7 +60,8 @@ def measure_flow(flow: Flow, measures: Sequence[tuple[str, Measure]]) -> dict[st
 
     def alone(depth: int) -> dict[str, jax.ShapeDtypeStruct]:
         first = jnp.asarray(0)
-        return jax.eval_shape(lambda: replace(padded, which=first, depths=(depth,)).branch(measured))
+        only = PaddedMLP(padded.weights, first, (depth,), padded.activation)
+        return jax.eval_shape(lambda: only.branch(measured))
 
     shapes = common_shapes([alone(depth) for depth in padded.depths])
     return padded.branch(lambda depth, net: fill_up(measured(depth, net), shapes))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..losses import cross_entropy, mse
-from ..networks import AbstractNetwork, predict
+from ..networks import AbstractNetwork, cast, check_network, predict
 
 SampleLoss = Callable[[Array, Array], Array]
 
@@ -29,7 +29,7 @@ class Task(eqx.Module):
       `Σ_i p_i c(f(x_i), y_i)`, for instance a quadrature rule. By default all are equal.
     - `out_size`: number of outputs; needed only for integer labels that do not show all classes.
 
-    **Raises:** `ValueError` for empty data, shapes that do not match, NaN or infinity.
+    **Raises:** `ValueError` for empty data, shapes that do not match, NaN or infinity, and half precision.
     """
 
     x: Float[Array, "samples in"]
@@ -49,10 +49,10 @@ class Task(eqx.Module):
     ):
         if not callable(loss):
             raise _check.fail("loss", "be a function loss(prediction, target) -> scalar", repr(loss))
-        self.x = _as_float(x)
+        self.x = _as_float(x, "x")
         self.y = _as_target(y, loss)
         self.loss = loss
-        self.sample_weights = None if sample_weights is None else _as_float(sample_weights)
+        self.sample_weights = None if sample_weights is None else _as_float(sample_weights, "sample_weights")
         _check_data(self.x, self.y, loss)
         self.out_size = _out_size(self.y, out_size)
         if self.sample_weights is not None:
@@ -79,7 +79,8 @@ class Task(eqx.Module):
         return self.mean(jax.vmap(self.loss)(predictions, self.y))
 
     def astype(self, dtype: Any) -> "Task":
-        """The same task with its floating-point arrays in another precision."""
+        """The same task with its floating-point arrays in another precision, float32 or float64."""
+        _check.float_type("dtype", dtype)
         return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, self)
 
     def __str__(self) -> str:
@@ -102,13 +103,12 @@ def zero_loss(task: Task) -> Float[Array, ""]:
 def match_precision(net: AbstractNetwork, task: Task) -> tuple[AbstractNetwork, Task]:
     """Network and task in the wider of their two floating-point types."""
     dtype = jnp.result_type(task.x, *net.weights)
-    return net.with_weights([w.astype(dtype) for w in net.weights]), task.astype(dtype)
+    return cast(net, dtype), task.astype(dtype)
 
 
 def check_fits(net: AbstractNetwork, task: Task) -> None:
-    """Refuse a network whose inputs or outputs differ in number from the task's, or with non-finite weights."""
-    if not isinstance(net, AbstractNetwork):
-        raise _check.fail("net", "be a network such as saddlejax.MLP", type(net).__name__)
+    """Refuse what is no network, one whose inputs or outputs differ in number from the task's, or that is not finite."""
+    check_network(net)
     if not isinstance(task, Task):
         raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
     ends = (net.sizes[0], net.sizes[-1])
@@ -123,11 +123,14 @@ def check_fits(net: AbstractNetwork, task: Task) -> None:
         _check.finite(f"net.weights[{layer}]", w)
 
 
-def _as_float(values: Any) -> Array:
+def _as_float(values: Any, argument: str) -> Array:
     array = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise _check.fail("x and y", "be real", f"of type {array.dtype}")
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(float)
+    _check.float_type(argument, array.dtype)
+    return array
 
 
 def _as_target(y: Any, loss: SampleLoss) -> Array:
@@ -141,7 +144,7 @@ def _as_target(y: Any, loss: SampleLoss) -> Array:
                 "Use loss=saddlejax.cross_entropy, or jax.nn.one_hot(y, classes).",
             )
         return array
-    return _as_float(array)
+    return _as_float(array, "y")
 
 
 def _check_data(x: Array, y: Array, loss: SampleLoss) -> None:
