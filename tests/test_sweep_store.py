@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 from toy_sweep import ToyProblem, run
 
-from saddlejax.sweep.execute import available_cores
+from saddlejax._threads import available_cores
 
 SCRIPT = Path(__file__).with_name("toy_sweep.py")
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._threads import one_blas_thread
 from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
@@ -113,7 +113,7 @@ def gradient_flow(
     arguments = (net, task, until, save, rtol, min_step, method, max_steps)
     if isinstance(method, Exponential) and _check.is_concrete(arguments):
         # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             end = jax.block_until_ready(_run(*arguments))
     else:
         end = _run(*arguments)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
-from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._threads import one_blas_thread
 from ..activations import Activation, resolve_activation
 from ..networks import Weights
 from ..tasks.task import Task
@@ -173,7 +173,7 @@ def _on_host(search: Search, arguments: tuple, starts: int, narrow_starts: int) 
 
     def host(*arguments: Any) -> dict[str, Any]:
         # The matrices are small: threads of the linear algebra would spend ten times the work in waiting for each other.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             results = settle(search, *arguments)
         return jax.tree.map(lambda result, like: np.asarray(result, like.dtype), results, shapes)
 

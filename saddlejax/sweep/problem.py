@@ -9,6 +9,7 @@ import numpy as np
 
 from .grid import Grid
 from .measures import Variable
+from .stopping import check_stopped
 
 Point = dict[str, Any]
 FAILED = "failed: "
@@ -66,6 +67,7 @@ def each_lane(
     """One lane after another; one that raises is recorded with its error and does not harm the others."""
     values = blank(outputs, len(points))
     for lane, point in enumerate(points):
+        check_stopped()
         try:
             for name, value in compute(point).items():
                 values[name][lane] = value

@@ -12,13 +12,14 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 
 from .. import _check
+from .._threads import available_cores
 from ..activations import Activation, activation_name, resolve_activation
 from ..flow import Escape, Save, gradient_flow
 from ..flow.until import AbstractUntil
 from ..saddle import escape_direction
 from ..tasks.task import Task
 from .directions import DirectionProblem
-from .execute import Progress, available_cores, execute
+from .execute import Progress, execute
 from .flows import FlowProblem
 from .grid import Axis, Grid
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
@@ -57,7 +58,8 @@ def sweep(
 ) -> "xr.Dataset":
     """Gradient flows, or escape directions, over a grid of networks.
 
-    Every argument of the grid is a value or a list of values; the results have a dimension for each list.
+    Every argument of the grid is a value or a list of values; the results have a dimension for each list. Runs on the
+    host: not under `jax.jit`, `jax.vmap` or `jax.grad`.
 
     **Arguments:**
 
@@ -77,14 +79,15 @@ def sweep(
       up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
       sweep goes on where it stopped. `xarray.open_zarr(store)` reads it at any time.
-    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` or Dask's `client.get_executor()`.
-      By default the cores, or the accelerators, of this machine.
+    - `executor`: any `concurrent.futures.Executor`, such as Dask's `client.get_executor()`, or a `ProcessPoolExecutor`
+      with `mp_context=multiprocessing.get_context("spawn")`: JAX does not survive a fork, and a pool of forked processes
+      is refused. By default the cores, or the accelerators, of this machine.
     - `block`: the most lanes in a block, the unit of storage and of work handed out. Chosen from the size of the grid
       by default; a store keeps the one it began with.
     - `batch`: how many flows run together under `vmap`, finished ones replaced by waiting ones; by default one on a CPU
       (each core has its own) and as many as fit in half of its memory on an accelerator.
     - `retries`: how often a block whose computation was lost is tried again before its lanes are recorded as failed.
-    - `on_progress`: called with a `saddlejax.sweep.Progress` after every block.
+    - `on_progress`: called with a `Progress` (`from saddlejax.sweep import Progress`) after every block.
 
     **Returns:** an `xarray.Dataset` with dimensions `activation`, `depth`, `bottleneck`, `scale`, `seed` (of length one
     where one value was given) and those of other lists; `status` in words; the measurements (those that
@@ -93,8 +96,10 @@ def sweep(
     stands for all layers.
 
     **Raises:** `ValueError` for a grid or options that make no sense, and for a store that holds another sweep: the
-    message says what differs. `OSError` where the store cannot be written: nothing already written is lost.
+    message says what differs; for traced arguments. `OSError` where the store cannot be written: nothing already written is lost.
     """
+    grid = {"width": width, "depth": depth, "activation": activation, "scale": scale, "seed": seed}
+    _check.not_traced("sweep", task=task, **grid, **options)
     if not isinstance(task, Task):
         raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
     if block is not None:
