@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import xarray as xr
 from problems import teacher

@@ -1,5 +1,6 @@
 """The public call: a grid of flows or escape directions."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -22,6 +23,7 @@ from .directions import DirectionProblem
 from .execute import Progress, execute
 from .flows import FlowProblem
 from .grid import Axis, Grid
+from .identity import described
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
 from .problem import AbstractProblem
 from .programs import MOST_SLOTS
@@ -78,7 +80,10 @@ def sweep(
       and see the network without any padding; where the shape of what they return depends on the depth, it is filled
       up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
-      sweep goes on where it stopped. `xarray.open_zarr(store)` reads it at any time.
+      sweep goes on where it stopped, and with longer lists (values added at their ends) it computes what is new.
+      `xarray.open_zarr(store)` reads it at any time. A store tells functions apart by what they compute: by their code
+      and all the values that it refers to, but for files, the environment and random numbers. A function of which that
+      cannot be known is refused.
     - `executor`: any `concurrent.futures.Executor`, such as Dask's `client.get_executor()`, or a `ProcessPoolExecutor`
       with `mp_context=multiprocessing.get_context("spawn")`: JAX does not survive a fork, and a pool of forked processes
       is refused. By default the cores, or the accelerators, of this machine.
@@ -102,6 +107,8 @@ def sweep(
     _check.not_traced("sweep", task=task, **grid, **options)
     if not isinstance(task, Task):
         raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
+    loss = described(task.loss)
+    task = task if loss is task.loss else dataclasses.replace(task, loss=loss)
     if block is not None:
         _check.whole_number("block", block)
     if batch is not None:
@@ -246,7 +253,7 @@ def _split(axes: dict[str, Axis], lists: set[str]) -> tuple[Grid, tuple[tuple[st
 
 
 def _shape_axes(task: Task, width: Any, depth: Any, activation: Any) -> dict[str, Axis]:
-    functions = [resolve_activation(one) for one in _listed(activation)]
+    functions = [described(resolve_activation(one)) for one in _listed(activation)]
     return {
         "width": _axis("width", _listed(width), _whole("width"), "size of the hidden layers"),
         "activation": _axis("activation", functions, activation_name, "activation of the hidden layers"),
