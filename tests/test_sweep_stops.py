@@ -1,7 +1,9 @@
 """Pools of processes, threads of the linear algebra, interruptions: a sweep ends as it should and leaves nothing behind."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -91,3 +93,43 @@ def test_what_runs_on_the_host_says_so_under_a_transformation(name):
         jax.vmap(call)(jnp.asarray([0.1]))
     with pytest.raises(ValueError, match=f"{words}, but it was called inside"):
         jax.jit(lambda x: x + call(0.1))(1.0)
+
+
+INTERRUPTED = """
+import sys
+import jax
+jax.config.update("jax_enable_x64", True)
+import saddlejax as sj
+
+task = sj.tasks.linear_teacher([2.0, 1.0], in_size=3)
+print("started", flush=True)
+show = lambda *progress: print("lane", flush=True)
+if sys.argv[1] == "scan":
+    sj.escape_scan(task, width=3, depth=2, activation=["identity"], bottleneck=[1], scale=[0.1], seed=range(10**4), on_lane=show)
+else:
+    kind = {"batch": 2} if sys.argv[1] == "batch" else {}
+    sj.sweep(task, width=3, depth=2, activation="identity", until=sj.Time(1.0), seed=range(20_000), block=20, store=sys.argv[2],
+             on_progress=lambda progress: progress.done and show(), **kind)
+"""
+
+
+@pytest.mark.parametrize("moment", ["started", "lane"], ids=["while it compiles", "while it runs"])
+@pytest.mark.parametrize("kind", ["scan", "sweep", "batch"])
+def test_an_interruption_ends_the_program_and_keeps_what_was_computed(tmp_path, kind, moment):
+    store = tmp_path / "a.zarr"
+    command = [sys.executable, "-c", INTERRUPTED, kind, str(store)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = []
+    while moment not in lines:
+        lines.append(process.stdout.readline().strip())
+        assert lines[-1] != "", process.communicate()
+    while process.poll() is None:  # a signal that comes while Python collects garbage is lost
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    rest, errors = process.communicate()
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors, errors
+    assert rest.count("lane") < 1000
+    if kind != "scan" and moment == "lane":
+        with xr.open_zarr(store) as kept:
+            assert int((kept.status == "time reached").sum()) >= 20 * (1 + rest.count("lane"))

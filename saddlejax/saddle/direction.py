@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
+from .._stopping import check_stopped
 from .._threads import one_blas_thread
 from ..activations import Activation, resolve_activation
 from ..networks import Weights
@@ -144,6 +145,7 @@ def _search(task: Task, search: Search, starts: int, key: PRNGKeyArray) -> dict[
     narrow_starts = max(_FEWEST_RANK_ONE_STARTS, 4 * starts)
 
     def climbs(sizes: tuple[int, ...], count: int, key: PRNGKeyArray, origin: Origin) -> Climb:
+        check_stopped()
         first = random_starts(sizes, count, key, dtype)
         return climb(first, origin, jnp.asarray(_TOLERANCE, dtype), jnp.asarray(_EVALUATIONS))
 

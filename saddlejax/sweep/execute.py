@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
+from .._stopping import obey
 from .._threads import available_cores, one_blas_thread
 from .grid import Block, size
 from .problem import FAILED, AbstractProblem, blank, failure
-from .stopping import obey
 
 IN_FLIGHT_ELSEWHERE = 256
 _PROCESS = os.getpid()  # of the process that imported this module; a forked one inherits it

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._stopping import check_stopped
 from .grid import Grid
 from .measures import Variable
-from .stopping import check_stopped
 
 Point = dict[str, Any]
 FAILED = "failed: "

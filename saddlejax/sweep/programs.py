@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._stopping import check_stopped
 from .lane import Common, Group, LaneValues, flow_lane
 from .refill import Refilled, refilled_map
 from .split import split_at_loop
-from .stopping import check_stopped
 
 IN_A_ROW = 8  # lanes in a call, so that calling costs little
 SHARE_OF_MEMORY = 0.5

@@ -1,4 +1,4 @@
-"""How an interrupted sweep stops its threads: between two lanes, or two calls of a program."""
+"""How an interrupted sweep stops its threads: between two lanes, two calls of a program, or two starts of a search."""
 
 import threading
 
