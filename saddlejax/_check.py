@@ -15,13 +15,18 @@ def is_concrete(*trees: Any) -> bool:
 
 
 def not_traced(function: str, **arguments: Any) -> None:
-    """Refuse traced values in the arguments of a function that runs on the host."""
+    """Refuse a transformation of a function that runs on the host: traced arguments, and calls that `jax.jit` traces."""
+    runs = f"sj.{function} runs on the host and cannot be used under jax.jit, jax.vmap or jax.grad"
     for name, value in arguments.items():
         if not is_concrete(value):
             raise ValueError(
-                f"sj.{function} runs on the host and cannot be used under jax.jit, jax.vmap or jax.grad, but {name} was "
-                "traced. Call it outside the transformed function, with numbers and arrays whose values are known."
+                f"{runs}, but {name} was traced. Call it outside the transformed function, with numbers and arrays whose "
+                "values are known."
             )
+    if not is_concrete(jnp.zeros(())):
+        raise ValueError(
+            f"{runs}, but it was called inside a function that JAX traces. Call it outside of that function."
+        )
 
 
 def fail(argument: str, rule: str, got: Any, remedy: str = "") -> ValueError:

@@ -1,8 +1,6 @@
 """The main job: escape times of a real problem over activations, bottlenecks, scales and seeds."""
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from . import _check
+from ._threads import side_by_side
 from .activations import Activation, resolve_activation
 from .flow import Flow, Save, Status, gradient_flow
 from .hessian import sharpness
@@ -48,15 +47,18 @@ def escape_scan(
 
     Each network has `depth` weight matrices and hidden layers of one `width`; the first `r` layers (`bottleneck`) are
     multiplied by the init scale `ε`. The escape is the steepest point of the first descent. One compilation serves
-    all scales, bottlenecks and seeds of an activation; lanes run side by side, one a core.
+    all scales, bottlenecks and seeds of an activation; lanes run side by side, one a core. Runs on the host: not under
+    `jax.jit`, `jax.vmap` or `jax.grad`.
 
     **Arguments:** `task`; the grid; `on_lane`, called after each network, for a progress bar.
 
     **Returns:** a dataset with dimensions `activation`, `bottleneck`, `scale`, `seed`; variables as in
-    `saddlejax.escape_scan.MEASURES`, and `status` in words. Numbers of networks that did not escape are NaN.
+    `MEASURES` (`from saddlejax.escape_scan import MEASURES`), and `status` in words. Numbers of networks that did not escape are NaN.
 
-    **Raises:** `ValueError` for an empty grid, bottlenecks beyond the depth, scales that are not positive.
+    **Raises:** `ValueError` for an empty grid, bottlenecks beyond the depth, scales that are not positive,
+    traced arguments.
     """
+    _check.not_traced("escape_scan", task=task, scale=scale, seed=seed)
     _check.whole_number("width", width)
     _check.whole_number("depth", depth, least=2)
     for name, values in (("activation", activation), ("bottleneck", bottleneck), ("scale", scale), ("seed", seed)):
@@ -87,8 +89,7 @@ def escape_scan(
 
     # Activations take turns, so that two of them compile side by side.
     order = sorted(grid, key=lambda index: (index[1:], index[0]))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(lane, order))
+    side_by_side(lane, order)
 
     names = [name if isinstance(name, str) else getattr(name, "__name__", str(name)) for name in activation]
     dims = ("activation", "bottleneck", "scale", "seed")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _check
+from ._threads import side_by_side
 from .activation_classes import classify_activation
 from .activations import Activation, activation_name, resolve_activation
 from .flow import Escape, Save, Status, gradient_flow
@@ -31,14 +32,17 @@ def collapse(
     Near the origin a network with gain `α = σ'(0)` is the linear one times `α^{L−1}`, so that all escape times agree
     after multiplication by `K = |α|^{L−1}` as the init scale goes to zero (Rawal & DeWeese, arXiv:2605.01288). Measured
     for `depth` layers of norm `ε`, constant `width`, Gaussian inputs and a linear teacher of gain one; the escape is
-    where the loss falls to half of its value at zero weights.
+    where the loss falls to half of its value at zero weights. Runs on the host: not under `jax.jit`, `jax.vmap` or
+    `jax.grad`.
 
     **Returns:** a dataset with dimensions `activation`, `scale` and variables `log_escape_time`,
     `log_collapsed_time = log(K τ)`, `prefactor` `K`, `letter` (class) and `status`. `τ` is NaN where the flow did not
     escape.
 
-    **Raises:** `ValueError` for an activation without one non-zero slope at zero, to which the law does not apply.
+    **Raises:** `ValueError` for an activation without one non-zero slope at zero, to which the law does not apply, and for
+    traced scales.
     """
+    _check.not_traced("collapse", scale=scale)
     _check.whole_number("depth", depth, least=2)
     _check.positive_number("scale", scale)
     functions = [resolve_activation(one) for one in activation]
@@ -50,11 +54,14 @@ def collapse(
             )
     shape = (len(functions), len(scale))
     log_times, status = np.full(shape, np.nan), np.full(shape, "", dtype=object)
-    for a, function in enumerate(functions):
-        for e, size in enumerate(scale):
-            net, task = chain(jnp.full(depth, size), lambda g: g, function, width)
-            flow = gradient_flow(net, task, Escape(loss_fraction=0.5), save=Save(steps=False))
-            log_times[a, e], status[a, e] = float(flow.log_escape_time), Status[flow.status]
+
+    def measure(index: tuple[int, ...]) -> None:
+        net, task = chain(jnp.full(depth, scale[index[1]]), lambda g: g, functions[index[0]], width)
+        flow = gradient_flow(net, task, Escape(loss_fraction=0.5), save=Save(steps=False))
+        log_times[index], status[index] = float(flow.log_escape_time), Status[flow.status]
+
+    # Activations take turns, so that two of them compile side by side.
+    side_by_side(measure, sorted(np.ndindex(shape), key=lambda index: index[::-1]))
     prefactor = np.abs([found.gain for found in classes], dtype=float) ** (depth - 1)
     names = [activation_name(function) for function in functions]
     import xarray as xr  # here, since it takes long

@@ -250,6 +250,37 @@ def test_grids_that_make_no_sense_are_refused(change, words):
         sj.sweep(arguments.pop("task"), **arguments)
 
 
+def test_a_measure_that_looks_at_values_is_refused_in_words():
+    def brief(flow):
+        return 1.0 if flow.losses[-1] < 0.5 else 0.0
+
+    for measure in (brief, lambda flow: float(flow.losses[-1]), lambda flow: np.log(np.asarray(flow.losses))):
+        with pytest.raises(
+            ValueError, match=r"measure\['short'\] must be a function that JAX can trace, but it looks at"
+        ):
+            sj.sweep(TASK, width=3, depth=2, activation="identity", measure={"short": measure})
+
+
+def test_exponents_of_a_sweep_are_the_slopes_of_its_times(results):
+    """Of times made by the law: `τ = K ε^{−(r−2)}` has the exponent r − 2 at every scale."""
+    scale = np.asarray([1e-1, 1e-2, 1e-3])
+    small = np.asarray([3, 4])
+    logs = 0.3 - (small[:, None, None] - 2) * np.log(scale)[:, None] + np.asarray([0.0, 1.0])
+    dims = ("activation", "depth", "bottleneck", "scale", "seed")
+    law = xr.Dataset(
+        {"log_escape_time": (dims, logs[None, None])},
+        {"activation": ["tanh"], "depth": [5], "bottleneck": small, "scale": scale, "seed": [0, 1]},
+    )
+    drawn = [line for line in sj.plot.exponents(law).lines if len(line.get_xdata()) == 2 and line.get_marker() != "_"]
+    curves = [line for line in drawn if line.get_xdata()[0] != 0]
+    for line, r in zip(curves, small, strict=True):
+        np.testing.assert_allclose(line.get_xdata(), [10**-1.5, 10**-2.5])
+        np.testing.assert_allclose(line.get_ydata(), [r - 2, r - 2])
+    assert len(sj.plot.exponents(results, activation="relu").containers) == 8  # no three small layers of two
+    with pytest.raises(ValueError, match="two scales at least"):
+        sj.plot.exponents(results.isel(scale=[0]))
+
+
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match=r"no argument 'learning_rate'; it takes width, .* scale"):
         sj.sweep(TASK, width=4, depth=3, learning_rate=0.1)

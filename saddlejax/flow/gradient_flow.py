@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._threads import one_blas_thread
 from ..activation_classes import classify_activation, slope_jumps, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
@@ -64,7 +64,7 @@ def gradient_flow(
       while nothing happens; the exponential method of [`saddlejax.ExponentialRosenbrock`][] is not bound by them, and
       its work grows like `log 1/ε` there too. By default `rtol` is then 1e-2, relative to the singular values of a layer
       that the error perturbs, which gives crossing times to about 1e-3. Not differentiable. Where the slope of the
-      activation jumps at zero it changes nothing: at kinks the exponential method needs many times the work of the
+      activation jumps it changes nothing: at kinks the exponential method needs many times the work of the
       explicit one.
 
     **Returns:** a [`saddlejax.Flow`][]. Its `status` tells how the flow ended; the escape time is NaN unless it escaped.
@@ -113,7 +113,7 @@ def gradient_flow(
     arguments = (net, task, until, save, rtol, min_step, method, max_steps)
     if isinstance(method, Exponential) and _check.is_concrete(arguments):
         # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             end = jax.block_until_ready(_run(*arguments))
     else:
         end = _run(*arguments)

@@ -22,7 +22,8 @@ class Save(eqx.Module):
     - `times`: increasing positive times `t` at which to keep a row. By default a row is kept at the start, after every
       accepted step and at the end.
     - `steps`: `False` keeps the start and the end only.
-    - `singular_values`: whether to keep those of every layer (one decomposition a row).
+    - `singular_values`: whether to keep those of every layer, the default. It costs a decomposition of every layer a row,
+      for wide networks more than the flow itself: at width 2,000 a flow takes 53 s with them and 19 s without.
     - `weights`: whether to keep the weights themselves.
     """
 

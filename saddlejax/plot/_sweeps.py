@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from .._check import fail
 from ._style import COLOURS, DASHES, MARKERS, quiet
 
 
@@ -20,7 +21,7 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
     ax = quiet(ax)
     results = _of_activation(results, activation)
     scale = results.scale.values
-    for i, (label, r, times) in enumerate(_curves(results)):
+    for i, (label, r, times) in enumerate(_curves(results, "log_escape_time")):
         logs = times.transpose("scale", "seed").values / np.log(10)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         middle = _median(logs)
@@ -46,12 +47,20 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
 
 
 def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | None = None) -> Axes:
-    """Local exponent `−d log τ/d log ε` against init scale, with the law's `r − 2` as dashes; bars span the seeds."""
+    """Local exponent `−d log τ/d log ε` against init scale, with the law's `r − 2` as dashes; bars span the seeds.
+
+    [`saddlejax.escape_scan`][] measures the exponent by differentiating the flow. For the results of
+    [`saddlejax.sweep`][] it is the slope between neighbouring scales, drawn at their geometric mean.
+
+    **Arguments:** `results` of a sweep or scan; `ax`, made anew by default; `activation`, by default the first.
+
+    **Raises:** `ValueError` where there is neither an exponent nor a second scale.
+    """
     ax = quiet(ax)
-    results = _of_activation(results, activation)
+    results = _with_exponents(_of_activation(results, activation))
     scale = results.scale.values
-    for i, r in enumerate(results.bottleneck.values):
-        values = results.exponent.sel(bottleneck=r).transpose("scale", "seed").values
+    for i, (label, r, exponent) in enumerate(_curves(results, "exponent")):
+        values = exponent.transpose("scale", "seed").values
         known = np.isfinite(values).any(axis=1)
         if known.any():
             low, middle, high = (
@@ -68,7 +77,7 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
-                label=f"$r = {r}$",
+                label=label,
             )
         ax.axhline(max(int(r) - 2, 0), **DASHES, zorder=1)
     ax.set_xscale("log")
@@ -109,9 +118,29 @@ def _of_activation(results: xr.Dataset, activation: str | None) -> xr.Dataset:
     return results.isel(activation=0) if activation is None else results.sel(activation=activation)
 
 
-def _curves(results: xr.Dataset) -> Iterator[tuple[str, int, xr.DataArray]]:
-    """Label, number of small layers and times of every depth and bottleneck; a bottleneck of 0 is all layers."""
+def _with_exponents(results: xr.Dataset) -> xr.Dataset:
+    """The results with the exponents that they have, or that the slopes between neighbouring scales are."""
+    if "exponent" in results:
+        return results
+    if "log_escape_time" not in results or results.sizes.get("scale", 1) < 2:
+        raise fail(
+            "results",
+            "have exponents, or escape times at two scales at least",
+            f"a dataset of {', '.join(map(str, results.data_vars))} at {results.sizes.get('scale', 1)} scale",
+            "Sweep over more scales, or use saddlejax.escape_scan.",
+        )
+    results = results.sortby("scale", ascending=False)
+    logs = np.log(results.scale.values)
+    middles = np.exp((logs[1:] + logs[:-1]) / 2)
+    steps = xr.DataArray(np.diff(logs), dims="scale", coords={"scale": middles})
     times = results.log_escape_time
+    slopes = -times.diff("scale").assign_coords(scale=middles) / steps
+    return slopes.to_dataset(name="exponent")
+
+
+def _curves(results: xr.Dataset, variable: str) -> Iterator[tuple[str, int, xr.DataArray]]:
+    """Label, number of small layers and values of every depth and bottleneck; a bottleneck of 0 is all layers."""
+    times = results[variable]
     for depth in results.depth.values if "depth" in times.dims else [None]:
         for r in results.bottleneck.values:
             chosen = times.sel(bottleneck=r) if depth is None else times.sel(bottleneck=r, depth=depth)

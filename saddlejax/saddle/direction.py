@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
-from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._stopping import check_stopped
+from .._threads import one_blas_thread
 from ..activations import Activation, ActivationParts, resolve_activation
 from ..networks import Weights
 from ..tasks.task import Task
@@ -144,6 +145,7 @@ def _search(task: Task, search: Search, starts: int, key: PRNGKeyArray) -> dict[
     narrow_starts = max(_FEWEST_RANK_ONE_STARTS, 4 * starts)
 
     def climbs(sizes: tuple[int, ...], count: int, key: PRNGKeyArray, origin: Origin) -> Climb:
+        check_stopped()
         first = random_starts(sizes, count, key, dtype)
         return climb(first, origin, jnp.asarray(_TOLERANCE, dtype), jnp.asarray(_EVALUATIONS))
 
@@ -173,7 +175,7 @@ def _on_host(search: Search, arguments: tuple, starts: int, narrow_starts: int) 
 
     def host(*arguments: Any) -> dict[str, Any]:
         # The matrices are small: threads of the linear algebra would spend ten times the work in waiting for each other.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             results = settle(search, *arguments)
         return jax.tree.map(lambda result, like: np.asarray(result, like.dtype), results, shapes)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .._stopping import check_stopped
 from .merge import merge, pad
 from .origin import Tangent
 from .pieces import Matrices, Problem, true_energy, unit
@@ -67,6 +68,7 @@ def lanes(climbs) -> Iterator[tuple[Matrices, float, float, int]]:
     """The starts of a climb one by one: weights, speed, residual and evaluations."""
     weights, speeds, residuals, evaluations = climbs
     for i in range(len(speeds)):
+        check_stopped()
         yield [np.asarray(w[i], float) for w in weights], float(speeds[i]), float(residuals[i]), int(evaluations[i])
 
 

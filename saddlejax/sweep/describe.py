@@ -2,10 +2,8 @@
 
 import functools
 import hashlib
-import inspect
 import platform
 import subprocess
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,32 +11,47 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..activations import ACTIVATIONS, activation_name
+from .. import _check
 from ..tasks.task import Task
+from .identity import CannotDescribe, describe
+
+FORMAT = 2
+"""Of the descriptions in a store; version 0.1 of saddlejax wrote none."""
 
 
-def describe_function(function: Callable[..., Any]) -> str:
-    """A name that changes when the code of a function does."""
-    if any(function is known for known in ACTIVATIONS.values()):
-        return activation_name(function)
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+def identify(argument: str, value: Any) -> str:
+    """A function or object in a word, with a digest of what it computes.
+
+    **Raises:** `ValueError` where that is not known.
+    """
     try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        source = repr(getattr(getattr(function, "__code__", None), "co_code", name))
-    return f"{name} ({digest(source.encode())})"
+        return describe(value)
+    except CannotDescribe as error:
+        raise _check.fail(
+            argument,
+            "be a function whose whole state can be described where a store is given, so that its results are not taken "
+            "for another's",
+            f"one that refers to {error}",
+            "Let it use numbers, strings, arrays, and functions and objects made of these, or leave store out.",
+        ) from None
 
 
 def describe_task(task: Task) -> dict[str, Any]:
     """The size of a task and a digest of its data."""
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(task)]
-    return {
+    described = {
         "samples": task.samples,
         "inputs": task.in_size,
         "outputs": task.out_size,
-        "loss": describe_function(task.loss),
-        "data": digest(*(array.tobytes() + str(array.dtype).encode() for array in arrays)),
+        "loss": identify("task.loss", task.loss),
+        "data": digest(*(f"{array.dtype} {array.shape}".encode() + array.tobytes() for array in arrays)),
     }
+    return described if type(task) is Task else {**described, "class": identify("task", type(task))}
+
+
+def random_numbers() -> str:
+    """A digest of what the generator draws: its kind is a setting of JAX."""
+    return digest(np.asarray(jax.random.bits(jax.random.key(0), (5,))).tobytes())
 
 
 def digest(*parts: bytes) -> str:
@@ -63,21 +76,23 @@ def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
 def versions() -> dict[str, str]:
     """What computed the results: versions, machine and commit."""
     device = jax.devices()[0]
+    known = commit()
     return {
         "saddlejax": _version("saddlejax"),
-        "commit": commit(),
+        **({} if known is None else {"commit": known}),
         "jax": jax.__version__,
         "jaxlib": _version("jaxlib"),
         "diffrax": _version("diffrax"),
         "equinox": _version("equinox"),
+        "numpy": np.__version__,
         "python": platform.python_version(),
         "device": f"{device.platform}: {device.device_kind}",
     }
 
 
 @functools.cache
-def commit() -> str:
-    """The commit of the source tree that this package lies in, if it does."""
+def commit() -> str | None:
+    """The commit of the source tree that this package lies in; None where it lies in none."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
@@ -87,9 +102,9 @@ def commit() -> str:
             [*git, "status", "--porcelain", "--", str(folder)], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return None
     if found.returncode != 0 or tracked.returncode != 0:
-        return "unknown"
+        return None
     return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..saddle import escape_direction
 from ..tasks.task import Task
-from .describe import describe_function, describe_task
+from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
 from .measures import Variable
 from .problem import AbstractProblem, Output, Point, each_lane, fill_value
@@ -68,13 +68,16 @@ class DirectionProblem(AbstractProblem):
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
         axes = {axis.name: list(axis.labels) for axis in self.grid.axes}
-        axes["activation"] = [describe_function(function) for function in self._values("activation")]
+        axes["activation"] = [identify("activation", function) for function in self._values("activation")]
         return {
             "of": "escape_direction",
             "task": describe_task(self.task),
+            "random_numbers": random_numbers(),
             "grid": axes,
             **dict(self.fixed),
-            "measure": {name: describe_function(one.function) for name, one in self.variables if one.dims is None},
+            "measure": {
+                name: identify(f"measure[{name!r}]", one.function) for name, one in self.variables if one.dims is None
+            },
         }
 
     def attributes(self) -> dict[str, str]:

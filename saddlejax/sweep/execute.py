@@ -1,5 +1,6 @@
 """Compute the blocks of a sweep on an executor, write them as they come, try the lost ones again."""
 
+import contextlib
 import functools
 import os
 import pickle
@@ -8,16 +9,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from .._stopping import obey
+from .._threads import available_cores, one_blas_thread
 from .grid import Block, size
 from .problem import FAILED, AbstractProblem, blank, failure
 
 IN_FLIGHT_ELSEWHERE = 256
+_PROCESS = os.getpid()  # of the process that imported this module; a forked one inherits it
 
 
 class Progress(NamedTuple):
@@ -58,14 +61,16 @@ def execute(
     """Compute all blocks that the store lacks.
 
     A block whose computation raises, or is lost with the machine it ran on, is submitted again up to `retries` times;
-    then its lanes are recorded as failed, and a later call tries them anew.
+    then its lanes are recorded as failed, and a later call tries them anew. After an error or an interruption the blocks
+    that are finished are written before it is passed on.
     """
     missing = _share(problem, store)
     kept = problem.grid.lanes - sum(_lanes(block) for block in missing)
     progress = Progress(problem.grid.lanes, kept, kept, 0, 0, 0.0)
     began = time.monotonic()
     on_progress(progress)
-    with _workers(executor) as (pool, in_flight):
+    stop = threading.Event()
+    with _workers(executor, stop) as (pool, in_flight):
         submit = _submitter(problem, pool, local=executor is None)
         waiting = iter(_taking_turns(missing))
         running: dict[Future, tuple[Block, int]] = {}
@@ -78,20 +83,28 @@ def execute(
             fill()
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    block, tries = running.pop(future)
+                    block, tries = running[future]
                     try:
                         values = future.result()
+                    except ForkedProcess as error:
+                        raise RuntimeError(
+                            "executor must not be a pool of forked processes: JAX has threads, which a fork does not "
+                            "copy, so that the workers would hang. Use concurrent.futures.ProcessPoolExecutor("
+                            "mp_context=multiprocessing.get_context('spawn')), or leave executor out to use all cores."
+                        ) from error
                     except BrokenExecutor as error:
                         raise RuntimeError(
                             "executor broke down; what it had computed is kept. Call the sweep again with a new one."
                         ) from error
                     except Exception as error:
                         if tries < retries:
+                            del running[future]
                             progress = progress._replace(retries=progress.retries + 1)
                             running[submit(block)] = (block, tries + 1)
                             continue
                         values = blank(problem.outputs, _lanes(block), failure(error))
                     store.write(block, values)
+                    del running[future]
                     failed = sum(str(one).startswith(FAILED) for one in values["status"])
                     done = progress.done + _lanes(block)
                     rate = (done - kept) / max(time.monotonic() - began, 1e-9)
@@ -99,9 +112,20 @@ def execute(
                     on_progress(progress)
                 fill()
         except BaseException:
-            for future in running:
-                future.cancel()
+            stop.set()
+            _keep_finished(store, running, wait_for_rest=executor is None)
             raise
+
+
+def _keep_finished(store: Store, running: dict[Future, tuple[Block, int]], *, wait_for_rest: bool) -> None:
+    """Write what is finished by now; blocks that have not begun are dropped."""
+    begun = [future for future in running if not future.cancel()]
+    if wait_for_rest:
+        wait(begun)
+    for future in begun:
+        if future.done() and not future.cancelled() and future.exception() is None:
+            with contextlib.suppress(OSError):  # the error that is being passed on says as much
+                store.write(running[future][0], future.result())
 
 
 def _share(problem: AbstractProblem, store: Store) -> list[Block]:
@@ -120,9 +144,12 @@ def _taking_turns(blocks: Sequence[Block]) -> list[Block]:
     return sorted(blocks, key=lambda block: _corner(block)[::-1])
 
 
-@contextmanager
-def _workers(executor: Executor | None) -> Iterator[tuple[Executor, int]]:
-    """The executor, or threads of this process: one a core, or one a device where there are accelerators."""
+@contextlib.contextmanager
+def _workers(executor: Executor | None, stop: threading.Event) -> Iterator[tuple[Executor, int]]:
+    """The executor, or threads of this process: one a core, or one a device where there are accelerators.
+
+    Threads stop soon after the event.
+    """
     if executor is not None:
         yield executor, IN_FLIGHT_ELSEWHERE
         return
@@ -134,6 +161,7 @@ def _workers(executor: Executor | None) -> Iterator[tuple[Executor, int]]:
 
     def begin() -> None:
         _own.device = turns.get()
+        obey(stop)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="saddlejax-sweep", initializer=begin)
     try:
@@ -145,17 +173,12 @@ def _workers(executor: Executor | None) -> Iterator[tuple[Executor, int]]:
 _own = threading.local()
 
 
-def available_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _submitter(problem: AbstractProblem, pool: Executor, *, local: bool) -> Callable[[Block], Future]:
     if local:
         return lambda block: pool.submit(_compute_here, problem, block)
     problem.outputs  # noqa: B018  worked out once here, and not by every worker
-    blob, x64 = _dumps(problem), bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-    return lambda block: pool.submit(compute_elsewhere, blob, block, x64)
+    blob, x64, own = _dumps(problem), bool(jax.config.jax_enable_x64), os.getpid()  # type: ignore[attr-defined]
+    return lambda block: pool.submit(compute_elsewhere, blob, block, x64, own)
 
 
 def _dumps(problem: AbstractProblem) -> bytes:
@@ -172,8 +195,14 @@ def _loads(blob: bytes) -> AbstractProblem:
     return pickle.loads(blob)
 
 
-def compute_elsewhere(blob: bytes, block: Block, x64: bool) -> dict[str, np.ndarray]:
+class ForkedProcess(Exception):
+    """A worker is a forked copy of a process that has JAX running."""
+
+
+def compute_elsewhere(blob: bytes, block: Block, x64: bool, caller: int) -> dict[str, np.ndarray]:
     """A block on a worker of an executor, in the precision of the caller. The problem is unpacked once a process."""
+    if os.getpid() not in (_PROCESS, caller):
+        raise ForkedProcess
     with jax.enable_x64(x64):
         return _compute(_loads(blob), block)
 
@@ -185,7 +214,8 @@ def _compute_here(problem: AbstractProblem, block: Block) -> dict[str, np.ndarra
 
 
 def _compute(problem: AbstractProblem, block: Block) -> dict[str, np.ndarray]:
-    return problem.run(problem.grid.points(block))
+    with one_blas_thread():  # every core has a lane of its own
+        return problem.run(problem.grid.points(block))
 
 
 def _lanes(block: Block) -> int:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..flow import Save, Status
+from ..flow import Escape, Loss, Save, Status, Time
 from ..flow.gradient_flow import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
 from ..tasks.task import Task
-from .describe import describe_function, describe_task
+from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
 from .lane import Common, Group, LaneValues, small_layers
 from .measures import Variable
@@ -139,12 +139,17 @@ class FlowProblem(AbstractProblem):
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
         axes = {axis.name: list(axis.labels) for axis in self.grid.axes}
-        axes["activation"] = [describe_function(function) for function in self._values("activation")]
-        known = {name: _plain(name, value) for name, value in self.fixed}
-        measures = {name: describe_function(one.function) for name, one in self.variables if one.dims is None}
+        for name in ("activation", "until", "solver"):
+            if name in axes:
+                axes[name] = [_identity(name, value) for value in self._values(name)]
+        known = {name: _identity(name, value) for name, value in self.fixed}
+        measures = {
+            name: identify(f"measure[{name!r}]", one.function) for name, one in self.variables if one.dims is None
+        }
         return {
             "of": "gradient_flow",
             "task": describe_task(self.task),
+            "random_numbers": random_numbers(),
             "grid": axes,
             **known,
             "save": str(jax.tree.map(lambda a: np.asarray(a).tolist(), self.save)),
@@ -165,6 +170,15 @@ def _plain(name: str, value: Any) -> Any:
     if name == "solver":
         return None if value is None else type(value).__name__
     return value
+
+
+def _identity(name: str, value: Any) -> Any:
+    """The value of an argument as the store knows it."""
+    if name in ("activation", "solver") and value is not None:
+        return identify(name, value)
+    if name == "until" and type(value) not in (Escape, Loss, Time):
+        return f"{value.describe()}: {identify(name, value)}"
+    return _plain(name, value)
 
 
 @functools.lru_cache(maxsize=4096)

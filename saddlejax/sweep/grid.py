@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Axis:
     def __post_init__(self) -> None:
         if len(self.values) == 0:
             raise _check.fail(self.name, "hold at least one value", "empty")
-        repeated = {label for label in self.labels if self.labels.count(label) > 1}
+        repeated = [label for label, times in Counter(self.labels).items() if times > 1]
         if repeated:
             raise _check.fail(
                 self.name, "name each value once", f"{list(self.labels)}, with {sorted(repeated)} repeated"

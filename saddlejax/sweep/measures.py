@@ -10,6 +10,7 @@ from jaxtyping import Array
 from .. import _check
 from ..flow import Flow
 from ..saddle import EscapeDirection, low_rank_margin
+from .identity import described
 
 TIME_UNIT = "time of dθ/dt = −∇𝓛 (gradient-descent steps × learning rate)"
 
@@ -129,5 +130,5 @@ def custom(measure: dict[str, Callable[[Any], Array]] | None, known: dict[str, V
         if not callable(function):
             raise ValueError(f"measure[{name!r}] must be a function of the result of a lane, but it was {function!r}.")
         meaning = (getattr(function, "__doc__", None) or "custom measurement").strip().splitlines()[0]
-        added[name] = Variable(function, meaning, "", None)
+        added[name] = Variable(described(function), meaning, "", None)
     return {**known, **added}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._stopping import check_stopped
 from .grid import Grid
 from .measures import Variable
 
@@ -66,6 +67,7 @@ def each_lane(
     """One lane after another; one that raises is recorded with its error and does not harm the others."""
     values = blank(outputs, len(points))
     for lane, point in enumerate(points):
+        check_stopped()
         try:
             for name, value in compute(point).items():
                 values[name][lane] = value

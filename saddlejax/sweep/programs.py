@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._stopping import check_stopped
 from .lane import Common, Group, LaneValues, flow_lane
 from .refill import Refilled, refilled_map
 from .split import split_at_loop
@@ -70,6 +71,7 @@ def run_in_turn(group: Group, common: Common, lanes: Sequence[LaneValues]) -> li
     """The measurements of lanes that share a depth, computed one after another, a few in every call of the program."""
     found: list[dict[str, np.ndarray]] = []
     for first in range(0, len(lanes), IN_A_ROW):
+        check_stopped()
         few = lanes[first : first + IN_A_ROW]
         results = jax.device_get(_program(group)(common, _stacked(few, IN_A_ROW), np.asarray(len(few))))
         found += _apart(results, len(few))

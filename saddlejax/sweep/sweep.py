@@ -1,5 +1,6 @@
 """The public call: a grid of flows or escape directions."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -12,16 +13,17 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 
 from .. import _check
+from .._threads import available_cores
 from ..activations import Activation, activation_name, resolve_activation
-from ..elementwise import is_hashable
 from ..flow import Escape, Save, gradient_flow
 from ..flow.until import AbstractUntil
 from ..saddle import escape_direction
 from ..tasks.task import Task
 from .directions import DirectionProblem
-from .execute import Progress, available_cores, execute
+from .execute import Progress, execute
 from .flows import FlowProblem
 from .grid import Axis, Grid
+from .identity import described
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
 from .problem import AbstractProblem
 from .programs import MOST_SLOTS
@@ -58,7 +60,8 @@ def sweep(
 ) -> "xr.Dataset":
     """Gradient flows, or escape directions, over a grid of networks.
 
-    Every argument of the grid is a value or a list of values; the results have a dimension for each list.
+    Every argument of the grid is a value or a list of values; the results have a dimension for each list. Runs on the
+    host: not under `jax.jit`, `jax.vmap` or `jax.grad`.
 
     **Arguments:**
 
@@ -77,15 +80,19 @@ def sweep(
       and see the network without any padding; where the shape of what they return depends on the depth, it is filled
       up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
-      sweep goes on where it stopped. `xarray.open_zarr(store)` reads it at any time.
-    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` or Dask's `client.get_executor()`.
-      By default the cores, or the accelerators, of this machine.
+      sweep goes on where it stopped, and with longer lists (values added at their ends) it computes what is new.
+      `xarray.open_zarr(store)` reads it at any time. A store tells functions apart by what they compute: by their code
+      and all the values that it refers to, but for files, the environment and random numbers. A function of which that
+      cannot be known is refused.
+    - `executor`: any `concurrent.futures.Executor`, such as Dask's `client.get_executor()`, or a `ProcessPoolExecutor`
+      with `mp_context=multiprocessing.get_context("spawn")`: JAX does not survive a fork, and a pool of forked processes
+      is refused. By default the cores, or the accelerators, of this machine.
     - `block`: the most lanes in a block, the unit of storage and of work handed out. Chosen from the size of the grid
       by default; a store keeps the one it began with.
     - `batch`: how many flows run together under `vmap`, finished ones replaced by waiting ones; by default one on a CPU
       (each core has its own) and as many as fit in half of its memory on an accelerator.
     - `retries`: how often a block whose computation was lost is tried again before its lanes are recorded as failed.
-    - `on_progress`: called with a `saddlejax.sweep.Progress` after every block.
+    - `on_progress`: called with a `Progress` (`from saddlejax.sweep import Progress`) after every block.
 
     **Returns:** an `xarray.Dataset` with dimensions `activation`, `depth`, `bottleneck`, `scale`, `seed` (of length one
     where one value was given) and those of other lists; `status` in words; the measurements (those that
@@ -94,10 +101,14 @@ def sweep(
     stands for all layers.
 
     **Raises:** `ValueError` for a grid or options that make no sense, and for a store that holds another sweep: the
-    message says what differs. `OSError` where the store cannot be written: nothing already written is lost.
+    message says what differs; for traced arguments. `OSError` where the store cannot be written: nothing already written is lost.
     """
+    grid = {"width": width, "depth": depth, "activation": activation, "scale": scale, "seed": seed}
+    _check.not_traced("sweep", task=task, **grid, **options)
     if not isinstance(task, Task):
         raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
+    loss = described(task.loss)
+    task = task if loss is task.loss else dataclasses.replace(task, loss=loss)
     if block is not None:
         _check.whole_number("block", block)
     if batch is not None:
@@ -242,15 +253,7 @@ def _split(axes: dict[str, Axis], lists: set[str]) -> tuple[Grid, tuple[tuple[st
 
 
 def _shape_axes(task: Task, width: Any, depth: Any, activation: Any) -> dict[str, Axis]:
-    functions = [resolve_activation(one) for one in _listed(activation)]
-    for function in functions:
-        if not is_hashable(function):
-            raise _check.fail(
-                "activation",
-                "be hashable in a sweep, which keeps a program for each",
-                f"{activation_name(function)}, which is not, as one that holds arrays",
-                "Hold plain numbers in it, or write it as a function.",
-            )
+    functions = [described(resolve_activation(one)) for one in _listed(activation)]
     return {
         "width": _axis("width", _listed(width), _whole("width"), "size of the hidden layers"),
         "activation": _axis("activation", functions, activation_name, "activation of the hidden layers"),

@@ -13,6 +13,12 @@ from ..flow import Flow
 from .padded import PaddedMLP, remove
 
 Measure = Callable[[Any], Array]
+LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def unpad(flow: Flow, depth: int, net: Any) -> Flow:
@@ -56,7 +62,7 @@ def measure_flow(flow: Flow, measures: Sequence[tuple[str, Measure]]) -> dict[st
 
     def measured(depth: int, net: Any) -> dict[str, Array]:
         small = unpad(flow, depth, net)
-        return {name: jnp.asarray(function(small)) for name, function in measures}
+        return {name: _traced(name, function, small) for name, function in measures}
 
     def alone(depth: int) -> dict[str, jax.ShapeDtypeStruct]:
         first = jnp.asarray(0)
@@ -65,6 +71,18 @@ def measure_flow(flow: Flow, measures: Sequence[tuple[str, Measure]]) -> dict[st
 
     shapes = common_shapes([alone(depth) for depth in padded.depths])
     return padded.branch(lambda depth, net: fill_up(measured(depth, net), shapes))
+
+
+def _traced(name: str, function: Measure, flow: Flow) -> Array:
+    """The measurement of a flow whose values are not known yet."""
+    try:
+        return jnp.asarray(function(flow))
+    except LOOKS_AT_VALUES as error:
+        raise ValueError(
+            f"measure[{name!r}] must be a function that JAX can trace, but it looks at the values of the flow "
+            f"({type(error).__name__}). Write it with jax.numpy: jnp.where in place of if, no float(), int(), item() or "
+            "NumPy. Or keep what it needs by a measure of its own, and look at the values in the results."
+        ) from None
 
 
 def common_shapes(found: Sequence[dict[str, jax.ShapeDtypeStruct]]) -> dict[str, jax.ShapeDtypeStruct]:
