@@ -13,7 +13,6 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from .. import _check
 from ..activations import Activation, activation_name, resolve_activation
-from ..elementwise import is_hashable
 from ..flow import Escape, Save, gradient_flow
 from ..flow.until import AbstractUntil
 from ..saddle import escape_direction
@@ -243,14 +242,6 @@ def _split(axes: dict[str, Axis], lists: set[str]) -> tuple[Grid, tuple[tuple[st
 
 def _shape_axes(task: Task, width: Any, depth: Any, activation: Any) -> dict[str, Axis]:
     functions = [resolve_activation(one) for one in _listed(activation)]
-    for function in functions:
-        if not is_hashable(function):
-            raise _check.fail(
-                "activation",
-                "be hashable in a sweep, which keeps a program for each",
-                f"{activation_name(function)}, which is not, as one that holds arrays",
-                "Hold plain numbers in it, or write it as a function.",
-            )
     return {
         "width": _axis("width", _listed(width), _whole("width"), "size of the hidden layers"),
         "activation": _axis("activation", functions, activation_name, "activation of the hidden layers"),
