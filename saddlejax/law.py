@@ -87,8 +87,6 @@ def _checked_norms(layer_norms: Sequence[float] | Array, bottleneck: int | None)
     norms = jnp.asarray(layer_norms, float)
     if norms.ndim != 1 or norms.size == 0:
         raise _check.fail("layer_norms", "be a list of at least one norm", f"of shape {norms.shape}")
-    if bottleneck is not None:
-        _check.whole_number("bottleneck", bottleneck)
     if bottleneck is not None and bottleneck != norms.size:
         raise _check.fail("bottleneck", f"be {norms.size}, the number of layer_norms, or be left out", bottleneck)
     return norms

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _check
 from ..losses import cross_entropy, mse
 from .task import SampleLoss, Task
 
@@ -17,10 +16,7 @@ def classification_task(inputs: np.ndarray, labels: np.ndarray, classes: int, lo
     """
     x = np.asarray(inputs, dtype=float).reshape(len(inputs), -1)
     x = x - x.mean(axis=0)
-    size = np.sqrt(np.mean(np.sum(x**2, axis=1)))
-    if not size > 0:
-        raise _check.fail("samples", "differ, since their mean is subtracted", f"{len(x)} equal images", "Take more.")
-    x = x / size
+    x = x / np.sqrt(np.mean(np.sum(x**2, axis=1)))
     if loss is cross_entropy:
         return Task(jnp.asarray(x), jnp.asarray(labels, dtype=int), loss, out_size=classes)
     one_hot = np.eye(classes)[np.asarray(labels, dtype=int)]

@@ -1,6 +1,5 @@
 """Tasks by name, for the command line and for files."""
 
-from .. import _check
 from .digits import digits
 from .mnist import mnist
 from .task import Task
@@ -18,7 +17,8 @@ def load(data: str = "digits", samples: int | None = None) -> Task:
     task = digits()
     if samples is None:
         return task
-    _check.whole_number("samples", samples)
-    if samples > task.samples:
-        raise _check.fail("samples", f"be at most {task.samples}, the size of the digits", samples)
+    if not 1 <= samples <= task.samples:
+        raise ValueError(
+            f"samples must be at least 1 and at most {task.samples}, the size of the digits, but it was {samples}."
+        )
     return Task(task.x[:samples], task.y[:samples])
