@@ -13,6 +13,16 @@ def is_concrete(*trees: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
+def not_traced(function: str, **arguments: Any) -> None:
+    """Refuse traced values in the arguments of a function that runs on the host."""
+    for name, value in arguments.items():
+        if not is_concrete(value):
+            raise ValueError(
+                f"sj.{function} runs on the host and cannot be used under jax.jit, jax.vmap or jax.grad, but {name} was "
+                "traced. Call it outside the transformed function, with numbers and arrays whose values are known."
+            )
+
+
 def fail(argument: str, rule: str, got: Any, remedy: str = "") -> ValueError:
     """The error to raise for a bad argument."""
     text = f"{argument} must {rule}, but it was {got}."
