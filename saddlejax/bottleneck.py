@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -11,6 +12,7 @@ from .manifold.network import BlockMLP
 from .networks import AbstractNetwork, check_network, layer_norms
 
 LARGEST_SMALL = 1 / 3
+SAME_SCALE = 3.0
 
 
 def init_scales(net: AbstractNetwork) -> Float[Array, " layers"]:
@@ -23,22 +25,37 @@ def init_scales(net: AbstractNetwork) -> Float[Array, " layers"]:
 
 
 def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
-    """The layers, counted from 0, that count as small.
+    """The layers, counted from 0, that count as small, where their init scales leave no doubt.
 
-    Those whose init scale is nearer, as a ratio, to the smallest of the network's than to one, the scale of He-normal
-    weights; all of them where even the smallest is above a third.
+    With the init scale `‖W_l‖_F/√(2 n_l)`, which is near one for He-normal weights, and `ε` the smallest of the network:
 
-    **Raises:** `ValueError` while JAX is tracing the weights: name the layers then.
+    - all layers, where the scales are within a factor of 3 of each other;
+    - otherwise the layers below `√ε`, those nearer, as a ratio, to `ε` than to one.
+
+    **Raises:** `ValueError` where that is no clear answer: `ε` is above a third, or some layer lies in the middle,
+    between `ε^{2/3}` and `ε^{1/3}`. And while JAX is tracing the weights. Name the layers then, where they are asked for.
     """
     check_network(net)
     if not _check.is_concrete(net.weights):
         raise _check.fail(
             "layers", "be given where the weights are traced", None, "For instance layers=range(net.depth)."
         )
-    scales = np.asarray(init_scales(net), float)
-    if np.min(scales) > LARGEST_SMALL:
+    with jax.ensure_compile_time_eval():
+        scales = np.asarray(init_scales(net), float)
+    least = np.min(scales)
+    if np.max(scales) <= SAME_SCALE * least:
         return tuple(range(net.depth))
-    return tuple(int(layer) for layer in np.flatnonzero(scales <= np.sqrt(np.min(scales))))
+    small = tuple(int(layer) for layer in np.flatnonzero(scales <= np.sqrt(least)))
+    in_the_middle = (scales > least ** (2 / 3)) & (scales < least ** (1 / 3))
+    if least > LARGEST_SMALL or np.any(in_the_middle):
+        listed = ", ".join(f"{scale:.3g}" for scale in scales)
+        raise _check.fail(
+            "layers",
+            f"be given where the init scales of the layers, here {listed}, do not tell which of them are small",
+            None,
+            f"For instance layers={small or tuple(range(net.depth))}, counted from 0.",
+        )
+    return small
 
 
 def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> tuple[int, ...]:

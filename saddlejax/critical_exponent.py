@@ -31,13 +31,14 @@ def critical_exponent(
     **Arguments:**
 
     - `net`, `task`: as for [`saddlejax.gradient_flow`][].
-    - `layers`: the bottleneck, indices from 0; by default those of small init scale, see `saddlejax.bottleneck_layers`.
+    - `layers`: the bottleneck, indices from 0; by default those that [`saddlejax.bottleneck_layers`][] returns for `net`:
+      call it to see which. It raises where the init scales leave a doubt.
     - `until`: [`saddlejax.Escape`][]; by default the steepest point of the first descent.
     - `rtol`: of the flow.
 
     **Returns:** a scalar; NaN where the flow did not escape.
 
-    **Raises:** `ValueError` as the flow does, and for unknown layers. Which layers are meant is a value: other layers,
+    **Raises:** `ValueError` as the flow does, for unknown layers, and for none where it is not clear which are small. Which layers are meant is a value: other layers,
     scales, seeds or data of the same shapes compile nothing anew.
     """
     check_fits(net, task)

@@ -1,6 +1,7 @@
 """The escape-time law with its prefactor, in closed form (Rawal & DeWeese, arXiv:2605.01288)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jaxtyping import Array, Float
 
 from . import _check
 
-_PANELS, _NODES = 64, 8
+_PANELS, _NODES = 128, 8
+_EQUAL = 20.0  # e^{-40} is below the rounding of double precision
 
 
 def escape_time(
@@ -51,17 +53,21 @@ def log_escape_time(
     end: float | Array = 1.0,
     layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
 ) -> Float[Array, "..."]:
-    """The logarithm of [`saddlejax.escape_time`][], which stays finite where the time overflows."""
+    """The logarithm of [`saddlejax.escape_time`][], which stays finite where the time overflows.
+
+    Logarithms of plain numbers and NumPy arrays are taken in double precision, so that they may be smaller than JAX's
+    default precision can hold: `log_escape_time(1e-50, 8)` is 688.98 in single precision too. Arrays of JAX, traced ones
+    included, are taken as they are.
+    """
     for name, value in (("scale", scale), ("speed", speed), ("end", end)):
         _check.positive_number(name, value)
-    norms = None if layer_norms is None else _checked_norms(layer_norms, bottleneck)
-    if norms is None:
-        if bottleneck is None:
-            raise _check.fail("bottleneck", "be given where layer_norms are not", None)
+    if layer_norms is None and bottleneck is None:
+        raise _check.fail("bottleneck", "be given where layer_norms are not", None)
+    if bottleneck is not None:
         _check.whole_number("bottleneck", bottleneck)
-    log_start, log_end, log_speed = (jnp.log(jnp.asarray(value, float)) for value in (scale, end, speed))
-    if norms is not None:
-        log_start = log_start + jnp.log(jnp.min(norms))
+    log_norms = None if layer_norms is None else _log_norms(layer_norms, bottleneck)
+    log_scale, log_end, log_speed = (_log(value) for value in (scale, end, speed))
+    log_start = log_scale if log_norms is None else log_scale + jnp.min(log_norms)
     if _check.is_concrete(log_start, log_end) and np.any(np.asarray(log_start) >= np.asarray(log_end)):
         raise _check.fail(
             "scale",
@@ -69,43 +75,60 @@ def log_escape_time(
             scale,
             "At such scales there is no plateau to escape from.",
         )
-    if norms is not None and not _all_equal(norms):
-        return _by_quadrature(log_start, log_end, norms / jnp.min(norms)) - log_speed
-    r = norms.size if norms is not None else bottleneck
+    if log_norms is not None and not _all_equal(log_norms):
+        return _by_quadrature(log_start, log_end, log_norms - jnp.min(log_norms)) - log_speed
+    r = bottleneck if log_norms is None else log_norms.size
     assert r is not None
-    if r == 2:
-        return jnp.log(log_end - log_start) - log_speed
-    # ∫ y^{1−r} dy from the end at which the integrand is largest.
-    power = r - 2
-    span = jnp.log(-jnp.expm1(-abs(power) * (log_end - log_start)))
-    largest = -power * (log_start if power > 0 else log_end)
-    return largest + span - jnp.log(abs(power)) - log_speed
+    return _log_integral(r - 2, log_start, log_end) - log_speed
 
 
-def _checked_norms(layer_norms: Sequence[float] | Array, bottleneck: int | None) -> Array:
+def _log(values: Any) -> Array:
+    """The logarithm in JAX's default precision; of numbers it is taken in double precision, where they do not underflow."""
+    if _check.is_concrete(values):
+        return jnp.asarray(np.log(np.asarray(values, np.float64)), float)
+    return jnp.log(jnp.asarray(values, float))
+
+
+def _log_norms(layer_norms: Sequence[float] | Array, bottleneck: int | None) -> Float[Array, " bottleneck"]:
     _check.positive_number("layer_norms", layer_norms)
-    norms = jnp.asarray(layer_norms, float)
-    if norms.ndim != 1 or norms.size == 0:
-        raise _check.fail("layer_norms", "be a list of at least one norm", f"of shape {norms.shape}")
-    if bottleneck is not None and bottleneck != norms.size:
-        raise _check.fail("bottleneck", f"be {norms.size}, the number of layer_norms, or be left out", bottleneck)
-    return norms
+    shape = np.shape(layer_norms)
+    if len(shape) != 1 or shape[0] == 0:
+        raise _check.fail("layer_norms", "be a list of at least one norm", f"of shape {shape}")
+    if bottleneck is not None and bottleneck != shape[0]:
+        raise _check.fail("bottleneck", f"be {shape[0]}, the number of layer_norms, or be left out", bottleneck)
+    return _log(layer_norms)
 
 
-def _all_equal(norms: Array) -> bool:
-    return _check.is_concrete(norms) and bool(np.ptp(np.asarray(norms)) == 0)
+def _all_equal(log_norms: Array) -> bool:
+    return _check.is_concrete(log_norms) and bool(np.ptp(np.asarray(log_norms)) == 0)
 
 
-def _by_quadrature(log_start: Array, log_end: Array, ratios: Array) -> Array:
-    """`log ∫ X_1² ds / Π_l √(X_1² + d_l)` over `s = log X_1`, Gauss-Legendre on 64 panels."""
+def _log_integral(power: int, start: Array, end: Array) -> Array:
+    """`log ∫ e^{−power s} ds` from `start` to `end`, from the end at which the integrand is largest; `−inf` if they meet."""
+    apart = end > start
+    span = jnp.where(apart, end - start, 1)
+    if power == 0:
+        return jnp.where(apart, jnp.log(span), -jnp.inf)
+    largest = -power * (start if power > 0 else end)
+    return jnp.where(apart, largest + jnp.log(-jnp.expm1(-abs(power) * span)) - np.log(abs(power)), -jnp.inf)
+
+
+def _by_quadrature(log_start: Array, log_end: Array, log_ratios: Array) -> Array:
+    """`log ∫ X_1² ds / Π_l √(X_1² + d_l)` over `s = log X_1`; `log_ratios` are `log ρ_l = log(X_l/X_1)` at the start.
+
+    In `v = s − log X_1(0)` the factors are `√(e^{2v} + ρ_l² − 1)`, in logarithms throughout. By Gauss-Legendre quadrature
+    until all layers are equal to rounding, 20 beyond the largest `log ρ_l`, from there in closed form.
+    """
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     shares = ((np.arange(_PANELS)[:, None] + 0.5 + 0.5 * nodes) / _PANELS).ravel()
-    panel_weights = np.tile(weights, _PANELS) / (2 * _PANELS)
+    panel_weights = jnp.asarray(np.tile(weights, _PANELS) / (2 * _PANELS))
     span = log_end - log_start
-    s = log_start[..., None] + span[..., None] * shares
-    # log √(X_1² + d_l) with d_l = x_1² (ρ_l² − 1): relative to the start x_1, grown by a factor e^{s − log x_1}.
-    grown = 2 * (s - log_start[..., None])
-    excess = jnp.square(ratios) - 1
-    logs = 0.5 * jnp.log(jnp.exp(grown)[..., None] + excess) + log_start[..., None, None]
-    log_integrand = 2 * s - jnp.sum(logs, axis=-1)
-    return jax.nn.logsumexp(log_integrand, axis=-1, b=jnp.asarray(panel_weights)) + jnp.log(span)
+    unequal = jnp.minimum(span, jnp.max(log_ratios) + _EQUAL)
+    v = unequal[..., None] * shares
+    above = log_ratios > 0
+    ratios = jnp.where(above, log_ratios, 1)
+    log_excess = jnp.where(above, 2 * ratios + jnp.log(-jnp.expm1(-2 * ratios)), -jnp.inf)
+    log_integrand = 2 * v - 0.5 * jnp.sum(jnp.logaddexp(2 * v[..., None], log_excess), axis=-1)
+    first = jax.nn.logsumexp(log_integrand, axis=-1, b=panel_weights) + jnp.log(unequal)
+    power = log_ratios.size - 2
+    return jnp.logaddexp(first, _log_integral(power, unequal, span)) - power * log_start

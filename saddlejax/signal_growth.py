@@ -19,7 +19,8 @@ class SignalGrowth(NamedTuple):
     - `energy`: `γ = −E⟨∇c(0, y), f(x)⟩`.
     - `rate`: `dγ/dt = −⟨∂γ/∂θ, ∂𝓛/∂θ⟩` along the flow.
     - `leading_rate`: `Σ_l ‖∂γ/∂W_l‖²`, what it is while the outputs are small.
-    - `constant`: `dγ/dt / γ^{2−2/r}`; NaN where `γ ≤ 0`.
+    - `constant`: `dγ/dt / γ^{2−2/r}`, taken in logarithms, so that it is right where the rates underflow; NaN where `γ`
+      is not positive or has itself underflown.
     """
 
     energy: Float[Array, " rows"]
@@ -50,14 +51,28 @@ def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
         raise _check.fail("bottleneck", f"be at most the depth, {flow.net.depth}", bottleneck)
     net, task = match_precision(flow.net, task)
 
-    def at(weights: Weights) -> tuple[Array, Array, Array]:
+    power = 2 - 2 / bottleneck
+
+    def at(weights: Weights) -> tuple[Array, Array, Array, Array]:
         here: AbstractNetwork = net.with_weights(weights)
         energy, pulls = jax.value_and_grad(lambda w: signal_energy(here.with_weights(w), task))(here.weights)
         slopes = jax.grad(lambda w: task_loss(here.with_weights(w), task))(here.weights)
-        rate = -sum(jnp.sum(p * g) for p, g in zip(pulls, slopes, strict=True))
-        return energy, jnp.asarray(rate), jnp.stack([jnp.sum(jnp.square(p)) for p in pulls]).sum()
+        # Both are of order ε^{r−1}, so that their products may underflow where the constant does not.
+        pull, pull_unit = _unit(pulls)
+        slope, slope_unit = _unit(slopes)
+        overlap = -jnp.vdot(pull, slope, precision="highest")
+        square = jnp.vdot(pull, pull, precision="highest")
+        log_units = jnp.log(pull_unit) + jnp.log(slope_unit)
+        log_energy = jnp.log(jnp.where(energy > 0, energy, 1))
+        constant = jnp.where(energy > 0, overlap * jnp.exp(log_units - power * log_energy), jnp.nan)
+        return energy, overlap * pull_unit * slope_unit, square * jnp.square(pull_unit), constant
 
-    energy, rate, leading = jax.lax.map(at, flow.weights)
-    power = 2 - 2 / bottleneck
-    constant = jnp.where(energy > 0, rate / jnp.where(energy > 0, energy, 1) ** power, jnp.nan)
-    return SignalGrowth(energy, rate, leading, constant)
+    return SignalGrowth(*jax.lax.map(at, flow.weights))
+
+
+def _unit(arrays: Weights) -> tuple[Array, Array]:
+    """All entries in units of the largest, and that unit; 1 where all are zero."""
+    entries = jnp.concatenate([jnp.ravel(a) for a in arrays])
+    largest = jnp.max(jnp.abs(entries))
+    unit = jnp.where(largest > 0, largest, 1)
+    return entries / unit, unit

@@ -171,6 +171,17 @@ def test_balanced_equation_is_the_chain_where_the_balance_is_conserved():
     assert float(balanced) == pytest.approx(float(flow.log_escape_time), abs=1e-3)
 
 
+def test_norms_below_the_precision_are_refused():
+    # Down to the norms that are refused the scalar equation of a linear chain has the time of the law.
+    times = manifold.balanced_log_times([1e-40, 1e-20], lambda g: g, "identity", 9, 8)
+    law = sj.law.log_escape_time(1e-40, 8, end=1e-20)
+    assert float(times[-1]) == pytest.approx(float(law), rel=1e-8)
+    with pytest.raises(ValueError, match=r"norms must be above 4.2e-44, .* underflows in float64"):
+        manifold.balanced_log_times([1e-60, 1e-20], lambda g: g, "identity", 9, 8)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="scales must be large enough for float32"):
+        manifold.chain([1e-50] * 3, lambda g: g, "identity", 9)
+
+
 def test_chain_on_data_is_the_one_block_network():
     task = data()
     net, same = manifold.chain([0.1] * 3, task, "tanh", 6)

@@ -18,6 +18,9 @@ from .until import AbstractUntil, in_words
 if TYPE_CHECKING:
     from ..staircase import Plateaus
 
+SMALLEST_DROP = 1e-3
+SAME_TIME = 1e-5
+
 
 class Flow(eqx.Module):
     """What happened along a gradient flow (or along gradient descent), with its own certificate.
@@ -86,6 +89,13 @@ class Flow(eqx.Module):
         return jnp.exp(self.log_times)
 
     @property
+    def loss_drop(self) -> Float[Array, ""]:
+        """The share of the loss that is lost between the first and the last row; one number a flow of a batch."""
+        last = jnp.maximum(jnp.sum(self.steps >= 0, axis=-1) - 1, 0)
+        first = self.losses[..., 0]
+        return (first - jnp.take_along_axis(self.losses, last[..., None], axis=-1)[..., 0]) / first
+
+    @property
     def imbalance_error(self) -> Float[Array, ""]:
         """The largest relative violation of the imbalance identity over rows and layers: the flow's accuracy."""
         residual = jnp.abs(self.imbalance_residual)
@@ -143,6 +153,12 @@ def _summary(flow: Flow) -> str:
     if bool(flow.status == Status.escaped):
         log_time = float(flow.log_escape_time)
         lines.append(f"  escape time      {power_of_ten(log_time)}   (log {log_time:.6g})")
+        drop = _drop_at_escape(flow)
+        if drop < SMALLEST_DROP:
+            lines += [
+                f"                   Until then the loss fell by {max(drop, 0):.1e} of its value only: hardly anything was learned.",
+                "                   Centre and scale the inputs, or ask for until=Escape(loss_fraction=...).",
+            ]
     else:
         lines.append(f"  time             {power_of_ten(float(flow.log_times[-1]))}")
     norms = [", ".join(f"{float(x):.3g}" for x in flow.layer_norms[row]) for row in (0, -1)]
@@ -156,6 +172,13 @@ def _summary(flow: Flow) -> str:
     if not bool(flow.resolved):
         lines.append("  resolved         no: the flow depends on something smaller than rounding")
     return "\n".join(lines)
+
+
+def _drop_at_escape(flow: Flow) -> float:
+    """At least the share of the loss that is lost at the escape, from the first row not before it; infinite without one."""
+    losses, log_times = np.asarray(flow.losses), np.asarray(flow.log_times)
+    rows = np.flatnonzero(log_times >= float(flow.log_escape_time) - SAME_TIME)
+    return float((losses[0] - losses[rows[0]]) / losses[0]) if rows.size and losses[0] > 0 else np.inf
 
 
 def _batch_summary(flow: Flow) -> str:

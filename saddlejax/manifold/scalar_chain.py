@@ -16,6 +16,7 @@ from .network import BlockMLP
 QUADRATURE_NODES = 80
 PANELS_PER_UNIT = 4
 PANEL_NODES = 8
+UNDERFLOW_MARGIN = 1e4  # between the least normal number and the least speed computed
 
 Teacher = Callable[[Array], Array]
 
@@ -44,7 +45,8 @@ def chain(
 
     **Returns:** a network and a task, ready for [`saddlejax.gradient_flow`][] or `saddlejax.scale_layers`.
 
-    **Raises:** `ValueError` for fewer than two scales or scales that are not positive.
+    **Raises:** `ValueError` for fewer than two scales, and for scales that are not positive or underflow in the task's
+    precision.
     """
     _check.whole_number("width", width)
     if np.ndim(scales) != 1 or np.size(scales) < 2:
@@ -52,6 +54,8 @@ def chain(
     _check.positive_number("scales", scales)
     task = _gaussian_task(task_or_teacher)
     norms = jnp.asarray(scales, dtype=task.x.dtype)
+    if _check.is_concrete(norms) and np.any(np.abs(np.asarray(norms)) < jnp.finfo(norms.dtype).tiny):
+        raise _check.fail("scales", f"be large enough for {norms.dtype}", scales, "Use double precision.")
     one = jnp.ones((1, 1), norms.dtype)
     directions = [one] * norms.size
     if isinstance(task_or_teacher, Task):
@@ -93,8 +97,8 @@ def balanced_log_times(
 
     **Returns:** `log t`, `−inf` for the first; NaN from where `y` stops growing on the way.
 
-    **Raises:** `ValueError` for fewer than two norms, norms that do not increase, and under `jit`, `vmap` or `grad`: it runs
-    on the host.
+    **Raises:** `ValueError` for fewer than two norms, for norms that do not increase, for norms so small that the speed
+    underflows in the working precision, and under `jit`, `vmap` or `grad`: it runs on the host.
     """
     _check.not_traced("manifold.balanced_log_times", norms=norms)
     _check.whole_number("depth", depth, least=2)
@@ -103,6 +107,14 @@ def balanced_log_times(
     if values.ndim != 1 or values.size < 2 or not np.all(np.diff(values) > 0):
         raise _check.fail("norms", "be at least two increasing numbers", norms)
     net, task = chain([1.0] * depth, teacher, activation, width)
+    least = float(jnp.finfo(task.x.dtype).tiny) * UNDERFLOW_MARGIN
+    if (depth - 1) * np.log(values[0]) < np.log(least):
+        raise _check.fail(
+            "norms",
+            f"be above {least ** (1 / (depth - 1)):.1e}, since dy/dt = K y^{depth - 1} underflows in {task.x.dtype} below",
+            norms,
+            "There saddlejax.law.log_escape_time gives the time to leading order, which is all of it.",
+        )
 
     def loss(y: Array) -> Array:
         return task_loss(net.with_weights([y * w for w in net.weights]), task)
