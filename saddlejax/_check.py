@@ -39,6 +39,14 @@ def whole_number(argument: str, value: Any, least: int = 1) -> None:
         raise fail(argument, f"be a whole number of at least {least}", repr(value))
 
 
+def at_most_samples(samples: Any, available: int, of: str) -> None:
+    """Refuse a number of samples, where one is given, beyond those there are."""
+    if samples is not None:
+        whole_number("samples", samples)
+        if samples > available:
+            raise fail("samples", f"be at most {available}, the size of {of}", samples)
+
+
 def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
     """The sizes of the layers as a tuple, at least input and output, each at least one."""
     if isinstance(sizes, str | int) or not isinstance(sizes, Sequence | np.ndarray):

@@ -10,6 +10,7 @@ import scipy
 from jaxtyping import Array, Float
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .activations import Activation
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Flow, Save, Status, gradient_flow
@@ -106,6 +107,7 @@ class EscapePrediction(eqx.Module):
         return "\n".join(lines)
 
 
+@safe_to_interrupt
 def predict_escape(
     net: AbstractNetwork,
     task: Task,

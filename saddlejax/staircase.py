@@ -10,6 +10,7 @@ import numpy as np
 import scipy
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .activation_classes import slope_jumps_at_zero
 from .flow.result import Flow, power_of_ten
 from .flow.status import Status
@@ -114,6 +115,7 @@ def _record(plateau: Plateau) -> dict:
     return {name: None if value in (np.inf, -np.inf) else value for name, value in fields.items()}
 
 
+@safe_to_interrupt
 def plateaus(
     flow: Flow,
     task: Task | None = None,

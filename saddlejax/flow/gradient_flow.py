@@ -12,6 +12,7 @@ from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._interrupt import safe_to_interrupt
 from ..activation_classes import classify_activation, slope_jumps_at_zero, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
@@ -30,6 +31,7 @@ KRYLOV_SHARE = 0.01
 KRYLOV_SIZE = 48
 
 
+@safe_to_interrupt
 def gradient_flow(
     net: AbstractNetwork,
     task: Task,
@@ -176,5 +178,5 @@ def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
         warnings.warn(
             f"The activation is {at_zero:.3g} at zero, not 0: the origin is then no saddle, since the last layer has a "
             "gradient there. The flow is computed all the same, but the escape laws do not apply to it.",
-            stacklevel=3,
+            stacklevel=4,
         )

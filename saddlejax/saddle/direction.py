@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from threadpoolctl import threadpool_limits
 
 from .. import _check
+from .._interrupt import safe_to_interrupt
 from ..activations import Activation, resolve_activation
 from ..networks import Weights
 from ..tasks.task import Task
@@ -27,6 +28,7 @@ _EVALUATIONS = 300
 _FEWEST_RANK_ONE_STARTS = 64
 
 
+@safe_to_interrupt
 def escape_direction(
     task: Task,
     sizes: Sequence[int],
