@@ -1,5 +1,6 @@
 """The main job: escape times of a real problem over activations, bottlenecks, scales and seeds."""
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ MEASURES = {
     "imbalance_error": "largest relative violation of the imbalance identity: the numerical error",
 }
 
+NOT_COMPUTED = "not computed"
+
 
 def escape_scan(
     task: Task,
@@ -41,7 +44,7 @@ def escape_scan(
     bottleneck: Sequence[int] = (2, 3, 4),
     scale: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     seed: Sequence[int] = (0, 1, 2),
-    on_lane: Callable[[], None] = lambda: None,
+    on_lane: "Callable[[xr.Dataset], object]" = lambda results: None,
 ) -> "xr.Dataset":
     """Escape times, and their local exponents, of He-normal networks with a bottleneck of small layers.
 
@@ -50,7 +53,8 @@ def escape_scan(
     all scales, bottlenecks and seeds of an activation; lanes run side by side, one a core. Runs on the host: not under
     `jax.jit`, `jax.vmap` or `jax.grad`.
 
-    **Arguments:** `task`; the grid; `on_lane`, called after each network, for a progress bar.
+    **Arguments:** `task`; the grid; `on_lane`, called before the first network and after each one with the results so
+    far, where the `status` of networks yet to compute is "not computed": for a progress bar, or to keep them.
 
     **Returns:** a dataset with dimensions `activation`, `bottleneck`, `scale`, `seed`; variables as in
     `MEASURES` (`from saddlejax.escape_scan import MEASURES`), and `status` in words. Numbers of networks that did not escape are NaN.
@@ -75,33 +79,40 @@ def escape_scan(
     grid = list(product(range(len(functions)), range(len(bottleneck)), range(len(scale)), range(len(seed))))
     shape = (len(functions), len(bottleneck), len(scale), len(seed))
     measures = {name: np.full(shape, np.nan) for name in MEASURES}
-    status = np.full(shape, "", dtype=object)
+    status = np.full(shape, NOT_COMPUTED, dtype=object)
+    one_at_a_time = threading.Lock()
+
+    names = [name if isinstance(name, str) else getattr(name, "__name__", str(name)) for name in activation]
+    dims = ("activation", "bottleneck", "scale", "seed")
+    coordinates = dict(zip(dims, (names, list(bottleneck), list(scale), list(seed)), strict=True))
+    import xarray as xr  # here, since it takes long
+
+    def results() -> xr.Dataset:
+        data = {name: (dims, measures[name].copy(), {"long_name": meaning}) for name, meaning in MEASURES.items()}
+        return xr.Dataset(
+            {**data, "status": (dims, status.astype(str))},
+            coords={**coordinates, "depth": depth, "width": width},
+            attrs={"task": str(task), "escape": "steepest point of the first descent", "jax": jax.__version__},
+        )
 
     def lane(index: tuple[int, int, int, int]) -> None:
         a, r, e, k = index
         mask = jnp.asarray(np.arange(depth) < bottleneck[r], task.x.dtype)
         log_scale = jnp.log(jnp.asarray(scale[e], task.x.dtype))
         measured, outcome = _measure(task, sizes, functions[a], jax.random.key(seed[k]), log_scale, mask)
-        for name in MEASURES:
-            measures[name][index] = float(measured[name])
-        status[index] = Status[outcome]
-        on_lane()
+        numbers = {name: float(measured[name]) for name in MEASURES}
+        with one_at_a_time:
+            for name in MEASURES:
+                measures[name][index] = numbers[name]
+            status[index] = Status[outcome]
+            on_lane(results())
 
+    on_lane(results())
     # Activations take turns, so that two of them compile side by side.
     order = sorted(grid, key=lambda index: (index[1:], index[0]))
     side_by_side(lane, order)
 
-    names = [name if isinstance(name, str) else getattr(name, "__name__", str(name)) for name in activation]
-    dims = ("activation", "bottleneck", "scale", "seed")
-    coordinates = dict(zip(dims, (names, list(bottleneck), list(scale), list(seed)), strict=True))
-    data = {name: (dims, measures[name], {"long_name": meaning}) for name, meaning in MEASURES.items()}
-    import xarray as xr  # here, since it takes long
-
-    return xr.Dataset(
-        {**data, "status": (dims, status.astype(str))},
-        coords={**coordinates, "depth": depth, "width": width},
-        attrs={"task": str(task), "escape": "steepest point of the first descent", "jax": jax.__version__},
-    )
+    return results()
 
 
 @eqx.filter_jit

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .descent_record import Minibatches, Peak, Seen, flow_time, gradient_norm, look
 from .flow import Flow, Status
 from .gradient import gradient
@@ -17,6 +18,7 @@ from .networks import AbstractNetwork
 from .tasks.task import Task, check_fits, match_precision, task_loss
 
 
+@safe_to_interrupt
 def gradient_descent(
     net: AbstractNetwork,
     task: Task,

@@ -10,6 +10,7 @@ import scipy
 from jaxtyping import Array, Float
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .activations import Activation, ActivationParts
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Flow, Save, Status, gradient_flow
@@ -232,6 +233,7 @@ class EscapePrediction(eqx.Module):
 _ONE_OF_A_BATCH = "Take one of them: jax.tree.map(lambda a: a[0], prediction)."
 
 
+@safe_to_interrupt
 def predict_escape(
     net: AbstractNetwork,
     task: Task,

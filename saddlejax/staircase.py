@@ -10,6 +10,7 @@ import numpy as np
 import scipy
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .activation_classes import slope_jumps
 from .flow.result import Flow, power_of_ten
 from .flow.rounding import log_gradient_rounding, log_sensitivity
@@ -116,6 +117,7 @@ def _record(plateau: Plateau) -> dict:
     return {name: None if value in (np.inf, -np.inf) else value for name, value in fields.items()}
 
 
+@safe_to_interrupt
 def plateaus(
     flow: Flow,
     task: Task | None = None,

@@ -7,6 +7,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from .flow.krylov import KrylovProblem
 from .hessian import extreme_eigenvalues
 from .networks import AbstractNetwork, safe_norm
@@ -51,6 +52,7 @@ class StationaryPoint(eqx.Module):
         )
 
 
+@safe_to_interrupt
 def nearby_stationary_point(net: AbstractNetwork, task: Task, *, max_iterations: int = 60) -> StationaryPoint:
     """The zero of `∇𝓛` near a network, whatever the signs of the curvature there.
 

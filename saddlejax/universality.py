@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _check
+from ._interrupt import safe_to_interrupt
 from ._threads import side_by_side
 from .activation_classes import classify_activation
 from .activations import Activation, activation_name, resolve_activation
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SMOOTH_NAMES = ("tanh", "erf", "sin", "arctan", "gelu", "gelu_tanh", "silu", "mish", "softsign", "elu", "celu")
 
 
+@safe_to_interrupt
 def collapse(
     activation: Sequence[str | Activation] = SMOOTH_NAMES,
     scale: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),

@@ -6,9 +6,11 @@ from typing import Annotated
 import jax
 import matplotlib.pyplot as plt
 import typer
+from rich.progress import Progress
 
 from .. import plot, saddle, tasks
-from .app import app, console, fail, progress_bar, write_numbers
+from ..saddle.origin import tangent
+from .app import NOT_REACHED, app, complete, console, write_numbers
 
 
 @app.command(short_help="Optimal escape directions, over depth.")
@@ -37,29 +39,48 @@ def direction(
       saddlejax direction
       saddlejax direction --activation tanh --depth 3 --depth 6
     """
-    try:
-        task = tasks.load(data, samples)
-        out.mkdir(parents=True, exist_ok=True)
-        depths = depth or list(range(2, 9))
-        console.print(f"{task}\nnetworks: width {width}, {activation}, {starts} random starts a depth")
-        with progress_bar() as bar:
-            job = bar.add_task("depths", total=len(depths))
-            found = saddle.directions_over_depth(
-                task,
-                depths,
-                width=width,
-                activation=activation,
-                starts=starts,
-                key=jax.random.key(seed),
-                progress=lambda best: bar.advance(job),
-            )
-    except (ValueError, OSError) as error:
-        fail(error)
-    console.print(saddle.directions_table(found))
+    depths = list(range(2, 9)) if depth is None else depth
+    found: list[saddle.EscapeDirection] = []
     numbers, figure = out / "directions.json", out / "directions.png"
-    write_numbers(numbers, context, directions=[saddle.record(best) for best in found])
-    canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    plot.directions(found, axes)
-    canvas.savefig(figure, dpi=160)
-    plt.close(canvas)
-    console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+
+    def keep(finished: bool) -> None:
+        write_numbers(numbers, context, finished=finished, directions=[saddle.record(best) for best in found])
+
+    def work(bar: Progress) -> None:
+        task = tasks.load(data, samples)
+        closed = tangent(activation).linear
+        out.mkdir(parents=True, exist_ok=True)
+        search = "in closed form: linear to leading order" if closed else f"{starts} random starts a depth"
+        console.print(f"{task}\nnetworks: width {width}, {activation}, {search}")
+        bar.start()
+        job = bar.add_task("depths", total=len(depths))
+
+        def add(best: saddle.EscapeDirection) -> None:
+            found.append(best)
+            keep(finished=False)
+            bar.advance(job)
+
+        saddle.directions_over_depth(
+            task, depths, width=width, activation=activation, starts=starts, key=jax.random.key(seed), progress=add
+        )
+
+    def report(finished: bool) -> None:
+        if not finished:
+            rest = " ".join(f"--depth {one}" for one in depths[len(found) :])
+            again = f" For the rest call it with {rest} and another --out." if found else ""
+            console.print(f"stopped: {len(found)} of {len(depths)} depths are finished and kept.{again}")
+        if not found:
+            return
+        keep(finished)
+        console.print(saddle.directions_table(found))
+        canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        plot.directions(found, axes)
+        canvas.savefig(figure, dpi=160)
+        plt.close(canvas)
+        console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+
+    complete(context, work, report)
+    unknown = [str(best.depth) for best in found if not best.optima]
+    if unknown:
+        console.print(f"No start became stationary at depth {', '.join(unknown)}: the speed there is no optimum.")
+        raise typer.Exit(NOT_REACHED)

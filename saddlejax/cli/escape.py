@@ -1,22 +1,30 @@
 """The main job: how long networks of tiny weights stay on the first plateau."""
 
+from collections import Counter
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated
 
 import matplotlib.pyplot as plt
 import typer
 import xarray as xr
 from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
 from rich.table import Table
 
 from .. import plot, tasks
-from ..escape_scan import escape_scan
+from ..activation_classes import value_at_zero
+from ..escape_scan import NOT_COMPUTED, escape_scan
+from ..flow import Status
 from ..flow.result import power_of_ten
-from .app import app, console, fail, progress_bar
+from .app import NOT_REACHED, app, complete, console
+
+ESCAPED = Status[Status.escaped]
 
 
 @app.command(short_help="Escape times from the first plateau, over init scales.")
 def escape(
+    context: typer.Context,
     data: Annotated[
         str, typer.Option(help="'digits', 'openml' for MNIST by download, or a folder or .npz file with MNIST.")
     ] = "digits",
@@ -54,16 +62,30 @@ def escape(
       saddlejax escape --activation gelu --depth 6 --bottleneck 3 --bottleneck 5
       saddlejax escape --data path/to/mnist --samples 2000 --width 50
     """
-    try:
+    activations = ["tanh", "relu"] if activation is None else activation
+    bottlenecks = [2, 3, 4] if bottleneck is None else bottleneck
+    scales = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5] if scale is None else scale
+    lanes = len(activations) * len(bottlenecks) * len(scales) * seeds
+    latest: list[xr.Dataset] = []
+    numbers, figure = out / "escape_times.csv", out / "escape_times.png"
+
+    def computed() -> int:
+        return int((latest[0].status != NOT_COMPUTED).sum()) if latest else 0
+
+    def work(bar: Progress) -> None:
         task = tasks.load(data, samples)
-        activations, bottlenecks = activation or ["tanh", "relu"], bottleneck or [2, 3, 4]
-        scales = scale or [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
         out.mkdir(parents=True, exist_ok=True)
-        console.print(f"{task}\nnetworks: depth {depth}, width {width}, {seeds} seeds")
-        lanes = len(activations) * len(bottlenecks) * len(scales) * seeds
-        with progress_bar() as bar:
-            job = bar.add_task("flows (the first ones compile)", total=lanes)
-            results = escape_scan(
+        job = bar.add_task("flows (the first ones compile)", total=lanes)
+
+        def show(results: xr.Dataset) -> None:
+            if not latest:
+                console.print(f"{task}\nnetworks: depth {depth}, width {width}, {seeds} seeds")
+                bar.start()
+            latest[:] = [results]
+            bar.update(job, completed=computed())
+
+        latest[:] = [
+            escape_scan(
                 task,
                 width=width,
                 depth=depth,
@@ -71,51 +93,90 @@ def escape(
                 bottleneck=bottlenecks,
                 scale=scales,
                 seed=range(seeds),
-                on_lane=lambda: bar.advance(job),
+                on_lane=show,
             )
-    except (ValueError, OSError) as error:
-        fail(error)
-    console.print(_table(results))
-    numbers, figure = out / "escape_times.csv", out / "escape_times.png"
-    results.to_dataframe().to_csv(numbers)
-    _figure(results, figure)
-    console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+        ]
+
+    def report(finished: bool) -> None:
+        if not finished:
+            console.print(
+                f"stopped: {computed()} of {lanes} networks are finished and kept. The same command begins anew; "
+                "saddlejax sweep keeps a store and goes on."
+            )
+        if computed() == 0:
+            return
+        results = latest[0]
+        results.to_dataframe().to_csv(numbers)
+        _print_table(results)
+        _figure(results, figure)
+        console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+
+    complete(context, work, report)
+    if (latest[0].status != ESCAPED).any():
+        raise typer.Exit(NOT_REACHED)
 
 
-def _table(results: xr.Dataset) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="Escape from the first plateau", title_justify="left", pad_edge=False)
-    for heading in ("", "r", "ε", "escape time", "-dlogτ/dlogε", "law", "grads", "GD steps", ""):
+def _print_table(results: xr.Dataset) -> None:
+    """One row a cell of the grid; what does not fit in a column stands below, by a letter."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title="Escape from the first plateau",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("", "r", "ε", "escape time", "exponent", "law", "grads", "GD steps", ""):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+    notes: dict[str, str] = {}
     for name in results.activation.values:
+        at_saddle = value_at_zero(str(name)) == 0
         for r in results.bottleneck.values:
             for scale in results.scale.values:
                 cell = results.sel(activation=name, bottleneck=r, scale=scale)
-                table.add_row(str(name), str(r), f"{scale:.0e}", *_cells(cell, int(r)))
+                texts = _notes(cell, at_saddle=at_saddle)
+                letters = [notes.setdefault(text, ascii_lowercase[len(notes) % 26]) for text in texts]
+                cells = _cells(cell, int(r), at_saddle=at_saddle)
+                table.add_row(str(name), str(r), f"{scale:.2g}", *cells, ", ".join(letters))
             table.add_section()
-    table.caption = (
-        f"Over {results.seed.size} seeds: medians, and mean ± standard deviation of the exponent. law: r-2, the exponent "
-        "as ε → 0 (a logarithm for r = 2).\ngrads: gradients the measurement took. GD steps: what gradient descent at "
-        "learning rate 2/λ would need."
+    console.print(table)
+    for note, letter in notes.items():
+        console.print(f"{letter}: {note}")
+    seeds = (
+        "One seed."
+        if results.seed.size == 1
+        else f"Over {results.seed.size} seeds: medians, and mean ± standard deviation of the exponent."
     )
-    table.caption_justify = "left"
-    return table
+    console.print(
+        f"{seeds} exponent: -dlogτ/dlogε. law: r-2, the exponent as ε → 0 (a logarithm for r = 2). grads: gradients the "
+        "measurement took. GD steps: what gradient descent at learning rate 2/λ would need."
+    )
 
 
-def _cells(cell: xr.Dataset, r: int) -> list[str]:
-    law = {1: "0", 2: "log"}.get(r, str(r - 2))
-    escaped = cell.where(cell.status == "escaped")
-    known = int((cell.status == "escaped").sum())
-    others = sorted({str(s).split(":")[0] for s in cell.status.values} - {"escaped"})
-    note = f"{cell.status.size - known} of {cell.status.size}: {', '.join(others)}" if others else ""
-    if known == 0:
-        return ["–", "–", law, "–", "–", note]
+def _notes(cell: xr.Dataset, *, at_saddle: bool) -> list[str]:
+    """What there is to say of a cell, in sentences."""
+    notes = (
+        [] if at_saddle else [f"{cell.activation.item()} is not 0 at 0: the origin is no saddle, and no law applies."]
+    )
+    for status, count in Counter(str(one) for one in cell.status.values if one != ESCAPED).most_common():
+        what = "have not been computed" if status == NOT_COMPUTED else f"did not escape: {status}"
+        notes.append(f"{count} of {cell.status.size} {what}.")
+    return notes
+
+
+def _cells(cell: xr.Dataset, r: int, *, at_saddle: bool) -> list[str]:
+    law = {1: "0", 2: "log"}.get(r, str(r - 2)) if at_saddle else "–"
+    escaped = cell.where(cell.status == ESCAPED, drop=True)
+    if escaped.seed.size == 0:
+        return ["–", "–", law, "–", "–"]
+    exponent = f"{float(escaped.exponent.mean()):.4f}"
+    if escaped.seed.size > 1:
+        exponent += f" ± {float(escaped.exponent.std()):.4f}"
     return [
         power_of_ten(float(escaped.log_escape_time.median()), digits=3),
-        f"{float(escaped.exponent.mean()):.4f} ± {float(escaped.exponent.std()):.4f}",
+        exponent if at_saddle else "–",
         law,
         f"{float(escaped.gradient_evaluations.median()):.0f}",
         power_of_ten(float(escaped.log_descent_steps.median()), digits=1),
-        note,
     ]
 
 

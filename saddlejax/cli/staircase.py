@@ -8,18 +8,19 @@ import jax
 import matplotlib.pyplot as plt
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
 from rich.table import Table
 
-from .. import plot, tasks
+from .. import _check, plot, tasks
 from .._check import layer_indices
 from ..activation_classes import slope_jumps_at_zero
-from ..flow import Loss, Save, gradient_flow
+from ..flow import Flow, Loss, Save, Status, gradient_flow
 from ..flow.gradient_flow import KINKED_RTOL, STIFF_RTOL
 from ..flow.result import power_of_ten
 from ..networks import MLP, scale_layers
 from ..staircase import Plateaus
 from ..tasks.task import zero_loss
-from .app import app, console, fail, progress_bar, write_numbers
+from .app import NOT_REACHED, app, complete, console, write_numbers
 
 CHECK = 3.0
 
@@ -61,42 +62,81 @@ def staircase(
       saddlejax staircase
       saddlejax staircase --activation tanh --depth 3 --data digits
     """
-    try:
-        task = (
-            tasks.linear_teacher([4.0, 2.0, 1.0, 0.5], in_size=10) if data == "teacher" else tasks.load(data, samples)
-        )
+    kept: list[tuple[Flow, Plateaus]] = []
+    numbers, figure = out / "staircase.json", out / "staircase.png"
+
+    def keep(flow: Flow, found: Plateaus, *, finished: bool) -> None:
+        kept[:] = [(flow, found)]
+        outcome = Status[flow.status]
+        write_numbers(numbers, context, finished=finished, outcome=outcome, plateaus=found.record())
+
+    def work(bar: Progress) -> None:
+        if data == "teacher":
+            task = tasks.linear_teacher([4.0, 2.0, 1.0, 0.5], in_size=10)
+        else:
+            task = tasks.load(data, samples)
         layer_indices(layer, depth)
         net = MLP([task.in_size, *[width] * (depth - 1), task.out_size], activation, key=jax.random.key(seed))
         net = scale_layers(net, scale)
-        kinked = slope_jumps_at_zero(net.activation)
-        rtol = rtol or (KINKED_RTOL if kinked else STIFF_RTOL)
+        tolerance = rtol
+        if tolerance is None:
+            tolerance = KINKED_RTOL if slope_jumps_at_zero(net.activation) else STIFF_RTOL
+        _check.positive_number("rtol", tolerance)
+        if CHECK * tolerance >= 1:
+            raise _check.fail("rtol", f"be below {1 / CHECK:.3g}, since the check takes {CHECK:g} times as much", rtol)
+        if not 0 < loss < 1:
+            raise _check.fail("loss", "lie between 0 and 1", loss)
         target = Loss(loss * float(zero_loss(task)))
         out.mkdir(parents=True, exist_ok=True)
         console.print(f"{task}\nnetwork: {net}, init scale {scale:g}")
-        with progress_bar() as bar:
-            job = bar.add_task("flow", total=None)
-            run = partial(gradient_flow, net, task, target, stiff=True, save=Save(weights=True), max_steps=max_steps)
-            flow = run(rtol=rtol)
+        bar.start()
+        job = bar.add_task("flow", total=None)
+        run = partial(gradient_flow, net, task, target, stiff=True, save=Save(weights=True), max_steps=max_steps)
+        flow = run(rtol=tolerance)
+        keep(flow, flow.plateaus(), finished=False)
+        bar.update(job, total=1, completed=1)
+        job = bar.add_task("the same at another tolerance", total=None)
+        check = run(rtol=CHECK * tolerance)
+        keep(flow, flow.plateaus(check=check), finished=False)
+        bar.update(job, total=1, completed=1)
+        if polish:
+            job = bar.add_task("saddles", total=None)
+            kept[:] = [(flow, flow.plateaus(polish=True, check=check))]
             bar.update(job, total=1, completed=1)
-            job = bar.add_task("the same at another tolerance", total=None)
-            check = run(rtol=CHECK * rtol)
-            bar.update(job, total=1, completed=1)
-            job = bar.add_task("saddles" if polish else "plateaus", total=None)
-            found = flow.plateaus(polish=polish, check=check)
-            bar.update(job, total=1, completed=1)
-    except (ValueError, OSError) as error:
-        fail(error)
-    console.print(str(flow), highlight=False)
+
+    def report(finished: bool) -> None:
+        if not finished:
+            left = "The flow is finished and kept; what else was asked for is not." if kept else "Nothing is finished."
+            console.print(f"stopped: {left} The same command begins anew.")
+        if not kept:
+            return
+        flow, found = kept[0]
+        keep(flow, found, finished=finished)
+        console.print(str(flow), highlight=False)
+        _print_tables(found)
+        canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
+        plot.staircase(flow, axes, layer=layer)
+        canvas.savefig(figure, dpi=160)
+        plt.close(canvas)
+        console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
+
+    complete(context, work, report)
+    if kept[0][0].status != Status.loss_reached:
+        console.print(
+            "The flow did not come down to the loss asked for: later plateaus, if there are any, are missing."
+        )
+        raise typer.Exit(NOT_REACHED)
+
+
+def _print_tables(found: Plateaus) -> None:
+    if len(found) == 0:
+        console.print(
+            "No plateaus: along the flow ‖∇L‖ has no minimum. Smaller weights (--scale) give longer plateaus."
+        )
+        return
     console.print(_plateau_table(found))
-    if polish:
+    if any(plateau.saddle is not None for plateau in found):
         console.print(_saddle_table(found))
-    numbers, figure = out / "staircase.json", out / "staircase.png"
-    write_numbers(numbers, context, plateaus=found.record())
-    canvas, axes = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
-    plot.staircase(flow, axes, layer=layer)
-    canvas.savefig(figure, dpi=160)
-    plt.close(canvas)
-    console.print(f"figure: {figure}\nnumbers: {numbers}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,5 +1,6 @@
 """Sweeps from a file."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -9,14 +10,24 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..flow import Status
 from ..sweep.execute import Progress as Done
+from ..sweep.problem import FAILED as FAILED_LANE
 from ..sweep.spec_file import read_specification
 from ..sweep.sweep import sweep as run_sweep
-from .app import app, console, fail
+from .app import FAILED, NOT_REACHED, app, complete, console
+
+WITHOUT_FAULT = (
+    *(Status[one] for one in (Status.escaped, Status.time_reached, Status.loss_reached, Status.steps_taken)),
+    "found",
+    "no such network",
+)
+"""How the statuses of lanes begin that are what was asked for, or that the grid holds no network for."""
 
 
 @app.command(short_help="A grid of networks from a file, resumable.")
 def sweep(
+    context: typer.Context,
     specification: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What to compute, and where to keep it.")],
     store: Annotated[Path | None, typer.Option(help="Folder for the results, in place of the file's.")] = None,
     cluster: Annotated[
@@ -45,30 +56,37 @@ def sweep(
 
     Read the results, at any time: xarray.open_zarr("SPEC.zarr").
     """
-    try:
+    statuses: list[str] = []
+
+    def work(bar: Progress) -> None:
         task, arguments = read_specification(specification)
         if store is not None:
             arguments["store"] = store
         console.print(f"{task}\nstore: {arguments['store']}", highlight=False)
-        with _executor(cluster) as executor, _sweep_progress() as bar:
-            job = bar.add_task("lanes", total=None, outcome="")
+        job = bar.add_task("lanes", total=None, outcome="")
 
-            def show(done: Done) -> None:
-                if done.done == done.kept:  # what an earlier call computed says nothing about the time left
-                    bar.reset(job, completed=done.kept)
-                bar.update(job, total=done.lanes, completed=done.done, outcome=_outcome(done))
+        def show(done: Done) -> None:
+            bar.start()
+            if done.done == done.kept:  # what an earlier call computed says nothing about the time left
+                bar.reset(job, completed=done.kept)
+            bar.update(job, total=done.lanes, completed=done.done, outcome=_outcome(done))
 
+        with _executor(cluster) as executor:
             results = run_sweep(task, **arguments, executor=executor, on_progress=show)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
-    counts = results.status.to_series().value_counts()
-    for status, count in counts.items():
-        console.print(f"{count:8d}  {status}", highlight=False)
-    if any(str(status).startswith("failed") for status in counts.index):
-        raise typer.Exit(1)
+        statuses.extend(str(status) for status in results.status.values.ravel())
+
+    def report(finished: bool) -> None:
+        if not finished:
+            console.print("stopped; the same command goes on from here")
+        for status, count in Counter(statuses).most_common():
+            console.print(f"{count:8d}  {status}", highlight=False)
+
+    errors = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+    complete(context, work, report, bar=_sweep_progress(), errors=errors)
+    if any(status.startswith(FAILED_LANE) for status in statuses):
+        raise typer.Exit(FAILED)
+    if not all(status.startswith(WITHOUT_FAULT) for status in statuses):
+        raise typer.Exit(NOT_REACHED)
 
 
 @contextmanager

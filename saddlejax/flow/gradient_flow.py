@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .. import _check
+from .._interrupt import safe_to_interrupt
 from .._threads import one_blas_thread
 from ..activation_classes import classify_activation, slope_jumps, value_at_zero
 from ..networks import AbstractNetwork
@@ -31,6 +32,7 @@ STIFF_RTOL = 1e-2
 KRYLOV_SIZE = 48
 
 
+@safe_to_interrupt
 def gradient_flow(
     net: AbstractNetwork,
     task: Task,
@@ -208,5 +210,5 @@ def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
         warnings.warn(
             f"The activation is {at_zero:.3g} at zero, not 0: the origin is then no saddle, since the last layer has a "
             "gradient there. The flow is computed all the same, but the escape laws do not apply to it.",
-            stacklevel=3,
+            stacklevel=4,
         )

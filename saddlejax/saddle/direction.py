@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
+from .._interrupt import safe_to_interrupt
 from .._stopping import check_stopped
 from .._threads import one_blas_thread
 from ..activations import Activation, ActivationParts, resolve_activation
@@ -28,6 +29,7 @@ _EVALUATIONS = 300
 _FEWEST_RANK_ONE_STARTS = 64
 
 
+@safe_to_interrupt
 def escape_direction(
     task: Task,
     sizes: Sequence[int],

@@ -2,7 +2,9 @@
 
 import gzip
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -15,7 +17,7 @@ _IDX_NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_NPZ_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
+NPZ_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -36,21 +38,26 @@ def mnist(
     - `samples`: take the first so many; by default all.
     - `loss`: as for [`saddlejax.Task`][].
 
-    **Raises:** `FileNotFoundError` naming every file that was looked for; `ValueError` for damaged files.
+    **Raises:** `FileNotFoundError` naming every file that was looked for; `ValueError` for damaged files, and for labels
+    that are not whole numbers from 0 to 9.
     """
+    return named_mnist("source", source, split, samples, loss)
+
+
+def named_mnist(argument: str, source: str | Path, split: str, samples: int | None, loss: SampleLoss) -> Task:
+    """As `mnist`, for a caller whose argument has another name, by which the errors call it."""
     if split not in _IDX_NAMES:
         raise _check.fail("split", "be 'train' or 'test'", repr(split))
-    if samples is not None:
-        _check.whole_number("samples", samples)
     if str(source) == "openml":
         images, labels = _from_openml(split)
     elif Path(source).suffix == ".npz":
-        images, labels = _from_npz(Path(source), split)
+        _, images, labels = read_npz(argument, Path(source), NPZ_KEYS[split])
     else:
-        images, labels = _from_idx(Path(source), split)
-    if samples is not None and samples > len(labels):
-        raise _check.fail("samples", f"be at most {len(labels)}, the size of the {split} split", samples)
-    return classification_task(images[:samples], labels[:samples], 10, loss)
+        images, labels = _from_idx(argument, Path(source), split)
+    if len(images) != len(labels):
+        raise ValueError(f"{argument}: {source} holds {len(images)} images but {len(labels)} labels.")
+    _check.at_most_samples(samples, len(labels), f"the {split} split")
+    return classification_task(images[:samples], labels[:samples], 10, loss, source=f"{argument}: {source}")
 
 
 def _from_openml(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -61,27 +68,32 @@ def _from_openml(split: str) -> tuple[np.ndarray, np.ndarray]:
     return data.data[part], data.target[part].astype(int)
 
 
-def _from_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(argument: str, path: Path, *choices: tuple[str, str]) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
+    """The first of the pairs of arrays, `choices`, that an `.npz` file holds: their names, and both of them."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"source: no file {path}. An .npz file of MNIST holds x_train, y_train, x_test, y_test."
-        )
-    with np.load(path) as arrays:
-        missing = [key for key in _NPZ_KEYS[split] if key not in arrays]
-        if missing:
-            raise ValueError(f"source: {path} must hold {' and '.join(missing)}, but it holds {sorted(arrays)}.")
-        images, labels = (arrays[key] for key in _NPZ_KEYS[split])
+        raise FileNotFoundError(f"{argument}: no file {path}. An .npz file must hold {_in_words(choices)}.")
+    try:
+        with np.load(path) as arrays:
+            held = sorted(arrays)
+            pair = next((keys for keys in choices if set(keys) <= set(held)), None)
+            if pair is not None:
+                return pair, np.atleast_1d(arrays[pair[0]]), np.atleast_1d(arrays[pair[1]])
+    except (ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{argument}: {path} is not a whole .npz file of numbers ({error}).") from error
+    missing = [tuple(key for key in keys if key not in held) for keys in choices]
+    raise ValueError(f"{argument}: {path} must hold {_in_words(missing)}, but it holds {held}.")
+
+
+def _in_words(choices: Sequence[tuple[str, ...]]) -> str:
+    return ", or ".join(" and ".join(keys) for keys in choices)
+
+
+def _from_idx(argument: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = (_read_idx(argument, folder, name) for name in _IDX_NAMES[split])
     return images, labels
 
 
-def _from_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = (_read_idx(folder, name) for name in _IDX_NAMES[split])
-    if len(images) != len(labels):
-        raise ValueError(f"source: {folder} holds {len(images)} images but {len(labels)} labels.")
-    return images, labels
-
-
-def _read_idx(folder: Path, name: str) -> np.ndarray:
+def _read_idx(argument: str, folder: Path, name: str) -> np.ndarray:
     # Distributors write the name with a hyphen or a dot before "idx".
     stems = (name, name.replace("-idx", ".idx"))
     candidates = [folder / (stem + ending) for stem in stems for ending in ("", ".gz")]
@@ -89,7 +101,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     if path is None:
         looked = ", ".join(candidate.name for candidate in candidates)
         raise FileNotFoundError(
-            f"source: no MNIST file in {folder}. Looked for {looked}. "
+            f"{argument}: no MNIST file in {folder}. Looked for {looked}. "
             "Give the folder that holds the IDX files, an .npz file, or 'openml' to download."
         )
     opener = gzip.open if path.suffix == ".gz" else open
@@ -103,4 +115,4 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         values = np.frombuffer(data, dtype=np.dtype(_IDX_TYPES[kind]), offset=4 + 4 * dimensions)
         return values.reshape(shape)
     except (struct.error, KeyError, ValueError) as error:
-        raise ValueError(f"source: {path} is not a whole IDX file ({error}).") from error
+        raise ValueError(f"{argument}: {path} is not a whole IDX file ({error}).") from error

@@ -1,24 +1,50 @@
 """Tasks by name, for the command line and for files."""
 
-from .digits import digits
-from .mnist import mnist
+from pathlib import Path
+
+import numpy as np
+
+from .. import _check
+from ..losses import mse
+from .digits import classification_task, digits
+from .mnist import NPZ_KEYS, named_mnist, read_npz
 from .task import Task
+
+OWN = ("x", "y")
 
 
 def load(data: str = "digits", samples: int | None = None) -> Task:
-    """The digits, or MNIST.
+    """The digits, MNIST, or a problem of one's own, with squared error.
 
-    **Arguments:** `data`, "digits", or what [`saddlejax.tasks.mnist`][] takes; `samples`, use the first so many.
+    **Arguments:**
 
-    **Raises:** `ValueError` for more samples than there are, and as `mnist` does.
+    - `data`: "digits"; what [`saddlejax.tasks.mnist`][] takes; or an `.npz` file with arrays `x` and `y`, one row a
+      sample. Where `y` is integer, of shape `(samples,)`, it is the classes, from 0: inputs are centred and scaled, and
+      targets one-hot with their mean removed, as for [`saddlejax.tasks.digits`][]. Otherwise it is the targets of a
+      regression, and both are taken as they are; one output a sample may be of shape `(samples,)`.
+    - `samples`: use the first so many.
+
+    **Raises:** `ValueError` for more samples than there are, for arrays that do not fit, and as `mnist` does.
     """
-    if data != "digits":
-        return mnist(data, samples=samples)
-    task = digits()
-    if samples is None:
-        return task
-    if not 1 <= samples <= task.samples:
-        raise ValueError(
-            f"samples must be at least 1 and at most {task.samples}, the size of the digits, but it was {samples}."
-        )
-    return Task(task.x[:samples], task.y[:samples])
+    if data == "digits":
+        task = digits()
+        _check.at_most_samples(samples, task.samples, "the digits")
+        return Task(task.x[:samples], task.y[:samples])
+    if Path(data).suffix == ".npz":
+        pair, x, y = read_npz("data", Path(data), OWN, NPZ_KEYS["train"])
+        if pair == OWN:
+            return _own(Path(data), x, y, samples)
+    return named_mnist("data", data, "train", samples, mse)
+
+
+def _own(path: Path, x: np.ndarray, y: np.ndarray, samples: int | None) -> Task:
+    if len(x) != len(y):
+        raise ValueError(f"data: {path} must hold as many rows of y as of x, but they are {len(y)} and {len(x)}.")
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"data: {path} must hold real numbers, but {name} is of type {array.dtype}.")
+    _check.at_most_samples(samples, len(x), str(path))
+    x, y = x[:samples], y[:samples]
+    if y.ndim == 1 and y.dtype.kind != "f":
+        return classification_task(x, y, source=f"data: {path}")
+    return Task(x.astype(float), y.reshape(len(y), -1).astype(float))
