@@ -65,6 +65,9 @@ def test_unused_rows_are_nan_and_batches_need_vmap(problem):
 
 def test_what_does_not_fit_is_refused(problem):
     task, best, flow = problem
+    silent = eqx.tree_at(lambda b: b.speed, best, jnp.zeros(()))
+    with pytest.raises(ValueError, match="best must be a direction of positive speed"):
+        saddle.along_flow(flow, task, silent)
     without = eqx.tree_at(lambda f: f.weights, flow, None)
     with pytest.raises(ValueError, match="flow must hold its weights"):
         saddle.along_flow(without, task, best)

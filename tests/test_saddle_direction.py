@@ -1,5 +1,6 @@
 import io
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,69 @@ def test_hexagon_needs_three_layers():
     np.testing.assert_allclose(best.speed, 0.075, rtol=1e-10)
     check_certificates(best, hexagon(0.3))
     none = sj.escape_direction(hexagon(0.0), [2, 6, 1], "relu", starts=4, key=KEY)
-    assert none.speed == 0 and np.isnan(none.residual) and none.optima == () and np.isinf(none.relative_gap)
+    assert none.speed == 0 and np.isinf(none.residual) and none.optima == () and np.isinf(none.relative_gap)
+    assert "no start found a direction" in str(none) and "nan" not in str(none) and "inf" not in str(none)
+
+
+@pytest.mark.parametrize(("activation", "hidden"), [("relu", (5, 5, 5)), ("tanh", (5, 5)), ("tanh", ())])
+def test_without_a_signal_there_is_no_direction(activation, hidden):
+    task, sizes = gaussian(0), [4, *hidden, 2]
+
+    def search(x, y):
+        return sj.escape_direction(sj.Task(x, y), sizes, activation, starts=4, key=KEY)
+
+    for x, y, words in ((0 * task.x, task.y, "x = 0"), (task.x, 0 * task.y, "∇c\\(0, y\\) = 0")):
+        with pytest.raises(ValueError, match=f"task must have .*{words}"):
+            search(x, y)
+        traced = jax.jit(search)(x, y)
+        assert traced.speed == traced.upper_bound == traced.relative_gap == 0 and np.isinf(traced.residual)
+        assert traced.optima == () and "there is no escape direction" in str(traced)
+        numbers = [leaf for leaf in jax.tree.leaves(traced) if np.any(np.isnan(leaf))]
+        assert numbers == [] and "nan" not in str(traced) and "inf" not in str(traced)
+        assert all(np.isclose(np.linalg.norm(w), 1) for w in traced.weights)
+    slope = jax.grad(lambda y: search(task.x, y).speed)(0 * task.y)
+    chex.assert_tree_all_finite(slope)
+
+
+def test_a_smooth_network_without_signal_to_leading_order_has_no_direction():
+    # E[y x] = 0 for the alternating hexagon, up to the rounding of the sum.
+    none = sj.escape_direction(hexagon(0.0), [2, 6, 6, 1], "tanh", key=KEY)
+    assert none.speed == 0 and none.upper_bound == 0 and none.relative_gap == 0
+    assert "there is no escape direction" in str(none)
+
+
+def test_starts_are_counted_by_kind():
+    task = hexagon(0.3)
+    for depth, added in ((3, [1]), (4, [1, 2])):
+        best = sj.escape_direction(task, [2, *[6] * (depth - 1), 1], "relu", starts=4, key=KEY)
+        assert sorted(best.start_kinds.tolist()) == [0, 0, 0, 0, *added]
+        assert len(best.speeds) == 4 + len(added) and "4 random" in str(best)
+        assert "of rank one (from 64)" in str(best) and ("of three layers" in str(best)) == (depth > 3)
+    assert "closed form" in str(sj.escape_direction(task, [2, 6, 1], "tanh", starts=4, key=KEY))
+
+
+def test_zero_speeds_in_the_table_and_the_figure():
+    import matplotlib
+    from rich.console import Console
+
+    matplotlib.use("Agg")
+    none = jax.jit(lambda y: sj.escape_direction(sj.Task(gaussian(0).x, y), [4, 5, 5, 2], "tanh", key=KEY))(
+        jnp.zeros((30, 2))
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(saddle.directions_table([none]))
+    assert "nan" not in (printed := console.export_text()) and "inf" not in printed
+    left, _ = sj.plot.directions([none])
+    assert left.get_ylim() == (0, 1)
+
+
+def test_bounds_scale_with_the_task_in_single_precision():
+    # Squares of the targets underflow, those of the inputs overflow.
+    task = gaussian(0)
+    large, small = (sj.Task(task.x.astype("float32") * s, task.y.astype("float32") / s) for s in (1.0, 1e22))
+    bounds = [sj.escape_direction(one, [4, 5, 2], "relu", starts=1, key=KEY).proven_bound for one in (large, small)]
+    assert bounds[1] > 0
+    np.testing.assert_allclose(bounds[1], bounds[0], rtol=1e-4)
 
 
 def test_clarke_residual_of_the_closed_form_and_of_its_neighbours():

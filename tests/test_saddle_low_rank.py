@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,30 @@ def test_hexagon_first_layer_has_the_ratio_of_the_closed_form():
 def test_margins_of_networks_and_under_jit():
     net = sj.MLP([3, 5, 4, 2], key=jax.random.key(0))
     np.testing.assert_allclose(jax.jit(sj.low_rank_margin)(net.weights), sj.low_rank_margin(net), rtol=1e-12)
+
+
+def test_layers_of_zeros_have_rank_zero():
+    zeros, ones = np.zeros((3, 3)), np.ones((3, 3))
+    np.testing.assert_allclose(saddle.stable_rank([zeros, ones]), [0, 1], atol=1e-10)
+    np.testing.assert_allclose(saddle.rank_one_excess([zeros, ones]), [0, 0], atol=1e-10)
+    assert np.isnan(sj.low_rank_margin([zeros, ones])[0])
+
+
+def test_networks_with_a_layer_of_zeros_have_neither_speed_nor_cosine():
+    direction = hexagon_direction()
+    net = sj.MLP.from_weights([direction[0], 0 * direction[1], direction[2]], "relu")
+    assert saddle.instantaneous_speed(net, hexagon(0)) == 0
+    cosines = saddle.layer_cosines(net, direction)
+    chex.assert_tree_all_finite(cosines)
+    assert cosines[1] == 0
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_cosines_refuse_directions_that_are_none(value):
+    direction = hexagon_direction()
+    net = sj.MLP.from_weights(direction, "relu")
+    with pytest.raises(ValueError, match=r"direction must (pass a signal|be finite)"):
+        saddle.layer_cosines(net, [direction[0], value * direction[1], direction[2]])
 
 
 def test_other_arguments_are_refused():

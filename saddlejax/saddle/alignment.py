@@ -21,15 +21,20 @@ def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Arr
     neuron of the network is given to the neuron of `ρ` (its parallel neurons merged) that it agrees with most, and the
     latter is split among them so as to agree best: `ρ̃_l = Q_l ρ_l Q_{l−1}ᵀ` with non-negative `Q_l` of unit columns
     (signed, where the network is linear to leading order). Near zero for a random network; one in every layer where the
-    network is an optimal direction.
+    network is an optimal direction; zero where the network's layer is zero.
 
     **Arguments:** `net`, the network; `direction`, matrices with the same inputs, outputs and depth, such as the
     `weights` of [`saddlejax.escape_direction`][] (values, not traced ones).
 
-    **Raises:** `ValueError` for matrices that do not fit the network.
+    **Raises:** `ValueError` for matrices that do not fit the network, that are not finite, or through which no signal
+    passes.
     """
     rho = [np.asarray(w, float) for w in direction]
     check_weights("direction", [jnp.asarray(w) for w in rho])
+    _check.finite("direction", np.concatenate([w.ravel() for w in rho]))
+    merged = merge(rho, 1e-6)
+    if not all(np.any(w) for w in merged):
+        raise _check.fail("direction", "pass a signal through every layer", "one whose output is zero for every input")
     matrices = unit_layers(net.matrices())
     ours, theirs = ((len(ws), ws[0].shape[1], ws[-1].shape[0]) for ws in (matrices, rho))
     if ours != theirs:
@@ -37,7 +42,7 @@ def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Arr
     signed = tangent(net.activation).linear
     below = jnp.eye(ours[1], dtype=matrices[0].dtype)
     cosines = []
-    for layer, (w, target) in enumerate(zip(matrices, merge(rho, 1e-6), strict=True)):
+    for layer, (w, target) in enumerate(zip(matrices, merged, strict=True)):
         agreement = jnp.matmul(jnp.matmul(w, below, precision="highest"), target.T, precision="highest")
         if layer == len(matrices) - 1:
             cosines.append(jnp.trace(agreement))

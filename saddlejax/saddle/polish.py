@@ -35,7 +35,7 @@ def polish(problem: Problem, weights: Matrices, speed: float, residual: float, e
 
     Neurons that do the same are merged, coarsely first, and the merged network ascends by an active-set method. What
     does not end with a smaller residual at no smaller speed is not taken. A speed of zero has no direction: its
-    residuals are `nan`.
+    residuals are infinite.
     """
     weights = unit(weights)
     best = Settled(weights, speed, residual, residual, 0, evaluations, 0)
@@ -54,5 +54,5 @@ def polish(problem: Problem, weights: Matrices, speed: float, residual: float, e
         if best.clarke < 1e-9 or turns > _MOST_TURNS or not max(reached, speed) > _NO_SPEED * largest:
             break
     if not best.speed > _NO_SPEED * largest:
-        return Settled(weights, 0.0, np.nan, np.nan, 0, evaluations, turns)
+        return Settled(weights, 0.0, np.inf, np.inf, 0, evaluations, turns)
     return Settled(best.weights, best.speed, best.plain, best.clarke, best.kinks, evaluations, turns)
