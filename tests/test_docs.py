@@ -63,7 +63,7 @@ def check(value: object, text: str, where: str) -> None:
     got = str(value) if isinstance(value, str | tuple | list) else str(np.asarray(value, dtype=object))
     expected, found = ([float(number) for number in NUMBER.findall(part)] for part in (text, got))
     if expected:
-        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=1e-12, err_msg=f"{where}: {got} and {text}")
+        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=1e-10, err_msg=f"{where}: {got} and {text}")
     else:
         assert got == text, f"{where}: {got} instead of {text}"
 

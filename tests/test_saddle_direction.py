@@ -15,6 +15,7 @@ from saddlejax.saddle.pieces import Cell, Kinks, Problem, flat, run, shaped, tru
 from saddlejax.saddle.settle import Search, lift
 
 KEY = jax.random.key(0)
+RANK_ONE = 1e-16  # share of the squares beyond rank one: singular values below 1e-8 of the largest
 DIGITS_SPEED = 0.074220610  # the best of many searches with other methods
 
 
@@ -25,13 +26,13 @@ def numpy_problem(task, minus=0.0, plus=1.0):
 
 def check_certificates(best, task):
     for w in best.weights:
-        assert abs(np.linalg.norm(w) - 1) < 1e-12
+        assert abs(np.linalg.norm(w) - 1) < 1e-10
     assert best.residual <= 1e-8
-    assert best.speed <= best.upper_bound * (1 + 1e-12) <= best.proven_bound * (1 + 1e-12)
-    assert best.speed >= best.rank_one_speed * (1 - 1e-12)
-    assert np.all(np.diff(best.speeds) <= 1e-15)
+    assert best.speed <= best.upper_bound * (1 + 1e-10) <= best.proven_bound * (1 + 2e-10)
+    assert best.speed >= best.rank_one_speed * (1 - 1e-10)
+    assert np.all(np.diff(best.speeds) <= 0)  # sorted, so without rounding
     own = -saddle.leading_order_loss(best.net, task)
-    np.testing.assert_allclose(best.speed, own, rtol=1e-10)
+    np.testing.assert_allclose(best.speed, own, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,8 @@ def test_linear_to_leading_order_has_the_closed_form(activation, gain, hidden):
     task = gaussian(0)
     best = sj.escape_direction(task, [4, *hidden, 2], activation, key=KEY)
     m = np.asarray(task.y).T @ np.asarray(task.x) / task.samples
-    np.testing.assert_allclose(best.speed, abs(gain) ** len(hidden) * np.linalg.norm(m, 2), rtol=1e-10)
-    assert np.all(saddle.rank_one_excess(best.weights) < 1e-20)
+    np.testing.assert_allclose(best.speed, abs(gain) ** len(hidden) * np.linalg.norm(m, 2), rtol=1e-8)
+    assert np.all(saddle.rank_one_excess(best.weights) < RANK_ONE)
     check_certificates(best, task)
 
 
@@ -54,16 +55,16 @@ def test_hexagon(e, depth):
     task = hexagon(e)
     best = sj.escape_direction(task, [2, *[6] * (depth - 1), 1], "relu", starts=8, key=KEY)
     np.testing.assert_allclose(best.speed, (1 + e) * HEXAGON_SPEED, rtol=1e-8)
-    np.testing.assert_allclose(best.rank_one_speed, e / 4, atol=1e-10)
+    np.testing.assert_allclose(best.rank_one_speed, e / 4, atol=1e-8)
     np.testing.assert_allclose(sj.low_rank_margin(best.weights)[0], 1.07457, rtol=1e-5)
-    assert np.all(saddle.rank_one_excess(best.weights)[1:] < 1e-20)
+    assert np.all(saddle.rank_one_excess(best.weights)[1:] < RANK_ONE)
     assert best.residual_kind == "Clarke"
     check_certificates(best, task)
 
 
 def test_hexagon_needs_three_layers():
     best = sj.escape_direction(hexagon(0.3), [2, 6, 1], "relu", starts=4, key=KEY)
-    np.testing.assert_allclose(best.speed, 0.075, rtol=1e-10)
+    np.testing.assert_allclose(best.speed, 0.075, rtol=1e-8)
     check_certificates(best, hexagon(0.3))
     none = sj.escape_direction(hexagon(0.0), [2, 6, 1], "relu", starts=4, key=KEY)
     assert none.speed == 0 and np.isinf(none.residual) and none.optima == () and np.isinf(none.relative_gap)
@@ -134,10 +135,10 @@ def test_bounds_scale_with_the_task_in_single_precision():
 def test_clarke_residual_of_the_closed_form_and_of_its_neighbours():
     problem = numpy_problem(hexagon(0.0))
     exact = stationarity(hexagon_direction(), problem)
-    assert exact.plain > 0.1 and exact.clarke < 1e-14 and len(exact.kinks) == 6
+    assert exact.plain > 0.1 and exact.clarke < 1e-10 and len(exact.kinks) == 6
     # x_0 = −x_3, so of the slopes of a first-layer neuron at these two only the sum counts.
     first, last = exact.slopes[exact.kinks.rows[:, 0] == 0], exact.slopes[exact.kinks.rows[:, 0] == 1]
-    np.testing.assert_allclose([first.sum() / 2, *last], [2 - np.sqrt(3), *[4 - 2 * np.sqrt(3)] * 2], rtol=1e-10)
+    np.testing.assert_allclose([first.sum() / 2, *last], [2 - np.sqrt(3), *[4 - 2 * np.sqrt(3)] * 2], rtol=1e-8)
     turn = np.array([[np.cos(1e-3), -np.sin(1e-3)], [np.sin(1e-3), np.cos(1e-3)]])
     w1, w2, w3 = hexagon_direction()
     assert stationarity([w1 @ turn, w2, w3], problem).clarke > 1e-4
@@ -204,8 +205,8 @@ def test_speeds_rise_with_depth_and_random_starts_do_not_beat_them(seed):
     for best in found:
         check_certificates(best, task)
     speeds = np.array([float(best.speed) for best in found])
-    assert np.all(np.diff(speeds) >= -1e-12 * speeds[0])
-    np.testing.assert_allclose([float(best.rank_one_speed) for best in found], found[0].rank_one_speed, rtol=1e-12)
+    assert np.all(np.diff(speeds) >= -1e-10 * speeds[0])
+    np.testing.assert_allclose([float(best.rank_one_speed) for best in found], found[0].rank_one_speed, rtol=1e-8)
 
 
 def test_a_fast_direction_with_two_neurons_in_its_last_hidden_layer_can_be_made_deeper():
@@ -214,7 +215,7 @@ def test_a_fast_direction_with_two_neurons_in_its_last_hidden_layer_can_be_made_
     problem = numpy_problem(hexagon(0.0))
     deep = lift(doubled, problem, Search((2, 3, 2, 4, 2, 1), saddle.tangent("relu")))
     assert [w.shape for w in deep] == [(3, 2), (2, 3), (4, 2), (2, 4), (1, 2)]
-    np.testing.assert_allclose(true_energy(deep, problem), HEXAGON_SPEED, rtol=1e-12)
+    np.testing.assert_allclose(true_energy(deep, problem), HEXAGON_SPEED, rtol=1e-10)
 
 
 def test_cross_entropy_and_sample_weights():
@@ -234,7 +235,7 @@ def test_digits(digits):
     task, found = digits
     for best in found:
         assert abs(best.speed - DIGITS_SPEED) < 1e-7 and abs(best.rank_one_speed - DIGITS_SPEED) < 1e-7
-        assert best.kinks == 1 and np.all(saddle.rank_one_excess(best.weights) < 1e-20)
+        assert best.kinks == 1 and np.all(saddle.rank_one_excess(best.weights) < RANK_ONE)
         assert 1.07 < best.upper_bound / best.speed < 1.08
         assert np.median(best.gradient_evaluations[best.start_kinds == 0]) <= 300
         check_certificates(best, task)
@@ -262,7 +263,7 @@ def test_transforms_agree_with_plain_calls():
         return sj.escape_direction(sj.Task(task.x, y), [2, 6, 6, 1], "relu", starts=8, key=KEY).speed
 
     plain = speed(task.y)
-    np.testing.assert_allclose(jax.jit(speed)(task.y), plain, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(speed)(task.y), plain, rtol=1e-9)
     np.testing.assert_allclose(jax.vmap(speed)(jnp.stack([task.y, 2 * task.y])), [plain, 2 * plain], rtol=1e-9)
     direction = jnp.asarray([[0.3, 0.1, -0.2, 0.4, -0.1, 0.2]]).T
     slope = jnp.sum(jax.grad(speed)(task.y) * direction)
@@ -304,5 +305,5 @@ def test_depth_does_not_lose_a_rare_optimum():
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     task = sj.Task(x, (np.cos(5 * angles) + 0.1 * rng.normal(size=10))[:, None])
     three, four = saddle.directions_over_depth(task, [3, 4], width=8, starts=16, key=jax.random.key(2))
-    assert four.speed >= three.speed * (1 - 1e-12) and three.speed > 1.05 * three.rank_one_speed
+    assert four.speed >= three.speed * (1 - 1e-10) and three.speed > 1.05 * three.rank_one_speed
     check_certificates(four, task)
