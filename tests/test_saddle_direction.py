@@ -12,7 +12,7 @@ import saddlejax as sj
 from saddlejax import saddle
 from saddlejax.saddle.clarke import stationarity
 from saddlejax.saddle.pieces import Cell, Kinks, Problem, flat, run, shaped, true_energy
-from saddlejax.saddle.settle import Search, lift
+from saddlejax.saddle.settle import Search, deepen
 
 KEY = jax.random.key(0)
 RANK_ONE = 1e-16  # share of the squares beyond rank one: singular values below 1e-8 of the largest
@@ -213,7 +213,7 @@ def test_a_fast_direction_with_two_neurons_in_its_last_hidden_layer_can_be_made_
     weights = hexagon_direction()
     doubled = [weights[0], np.vstack([0.8 * weights[1], -0.6 * weights[1]]), np.array([[0.8, 0.6]])]
     problem = numpy_problem(hexagon(0.0))
-    deep = lift(doubled, problem, Search((2, 3, 2, 4, 2, 1), saddle.tangent("relu")))
+    deep = deepen(doubled, problem, Search((2, 3, 2, 4, 2, 1), saddle.tangent("relu")))
     assert [w.shape for w in deep] == [(3, 2), (2, 3), (4, 2), (2, 4), (1, 2)]
     np.testing.assert_allclose(true_energy(deep, problem), HEXAGON_SPEED, rtol=1e-10)
 

@@ -16,11 +16,12 @@ from .origin import tangent
 def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Array, " layers"]:
     """The cosine between `W_l` and `ρ̃_l` for every layer, shape `(L,)`; `ρ̃` is a direction as good as `ρ`.
 
-    Permuting hidden neurons or splitting one into parallel ones changes neither the function nor the speed of a
-    direction, so a network never turns to `ρ` itself but to one of its equivalents. From the first layer on, each
-    neuron of the network is given to the neuron of `ρ` (its parallel neurons merged) that it agrees with most, and the
-    latter is split among them so as to agree best: `ρ̃_l = Q_l ρ_l Q_{l−1}ᵀ` with non-negative `Q_l` of unit columns
-    (signed, where the network is linear to leading order). Near zero for a random network; one in every layer where the
+    Permuting hidden neurons, or splitting one into several parallel ones, changes neither the function nor the speed of a
+    direction, so that a network turns to one of many equivalents of `ρ` rather than to `ρ` itself. `ρ̃` is the equivalent
+    that fits the network best. It is found layer by layer from the first: parallel neurons of `ρ` are merged, each neuron
+    of the network is assigned to the neuron of `ρ` with which its weights have the largest inner product, and each neuron
+    of `ρ` is split among those assigned to it: `ρ̃_l = Q_l ρ_l Q_{l−1}ᵀ` with non-negative `Q_l` of unit columns (of
+    either sign, where the network is linear to leading order). Near zero for a random network; one in every layer where the
     network is an optimal direction; zero where the network's layer is zero.
 
     **Arguments:** `net`, the network; `direction`, matrices with the same inputs, outputs and depth, such as the

@@ -47,7 +47,7 @@ def directions_over_depth(
 
 
 def record(best: EscapeDirection) -> dict[str, Any]:
-    """What is worth keeping of an escape direction, as plain numbers for JSON."""
+    """The main results of an escape direction as plain numbers, for JSON."""
     random = np.asarray(best.start_kinds) == RANDOM
     work = np.asarray(best.gradient_evaluations)[random]
     return {

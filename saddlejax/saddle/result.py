@@ -16,7 +16,7 @@ _SHOWN = 4  # optima in the summary
 
 
 class EscapeDirection(eqx.Module):
-    """The best escape direction found, with its certificates; `L` layers of unit Frobenius norm.
+    """The best escape direction found, with its residual and upper bounds; `L` layers of unit Frobenius norm.
 
     - `weights`: the direction `ρ`, one matrix a layer.
     - `speed`: `s = −𝓛_0(ρ)`; differentiable in the task (the direction does not move to first order).
