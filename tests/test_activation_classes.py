@@ -127,6 +127,7 @@ def test_how_sure_it_is_of_a_tiny_cube(name, any_precision):
     base = sj.ACTIVATIONS[name]
     tiny = [sj.classify_activation(lambda z, c=c: base(z) + c * z**3) for c in (1e-9, 1e-12, 1e-13, 1e-18)]
     assert [t.letter for t in tiny] == ["B", "B", "B", None]
+    # Derivatives of polynomials at zero are exact, and the resolution is a fixed multiple of the machine epsilon.
     assert tiny[1].strength == pytest.approx(2e-12, rel=1e-3)
     # The confidence falls with the distance to rounding, and beyond it nothing is claimed.
     confidence = [t.confidence for t in tiny]

@@ -112,7 +112,7 @@ def test_a_refilled_batch_keeps_its_slots_busy():
     for count in (400, 7):
         done = run(jnp.asarray(count))
         np.testing.assert_allclose(done.results[:count], want[:count], rtol=1e-10)
-        np.testing.assert_array_equal(done.results[count:], 0)
+        np.testing.assert_array_equal(done.results[count:], 0)  # as they were, never written
         assert int(done.busy) == turns[:count].sum()
     assert turns.sum() / (16 * int(run(jnp.asarray(400)).turns)) > 0.85
     with pytest.raises(ValueError, match="while loop"):
@@ -169,6 +169,7 @@ def test_a_dask_cluster_that_loses_a_worker_ends_with_the_same_results(tmp_path,
             on_progress=kill_one_half_way,
         )
     assert killed
+    # The same program with the same inputs on the same machine: equal to the last bit.
     xr.testing.assert_equal(shared, alone)
 
 
