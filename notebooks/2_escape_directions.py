@@ -124,7 +124,7 @@ plt.show()
 #   falls. It is far from tight: over depths 3 to 6 we measure margins of 1.5 to 285, growing like `1/ε`
 #   (`benchmarks/directions_along_flow.py`).
 # - That low rank is not a sign of the optimal direction. With the three layers used here one flow of three leaves in another direction, its
-#   outer layers at a cosine of about 0.25 with the optimum. Over depths 3 to 6, at `ε = 1e-3`, 7 of 12 flows have a first-layer cosine
+#   outer layers at a cosine of about 0.25 with the optimum. Over depths 3 to 6, at `ε = 1e-3`, 8 of 12 flows have a first-layer cosine
 #   of at most 0.3, and they leave at 0.76 to 0.93 of the optimal speed: layers become rank one long before they turn, and the escape
 #   comes first.
 # - On the digits the optimum has rank one in all layers, at every depth we looked at. That exact rank one need not be optimal is shown

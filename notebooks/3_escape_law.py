@@ -45,7 +45,7 @@ for name in ("relu", "tanh", "gelu", "softplus"):
     pairings = np.asarray([jnp.vdot(w, g) for w, g in zip(net.weights, slopes, strict=True)])
     difference = np.abs(2 * (pairings[:-1] - pairings[1:]) - np.asarray(sj.imbalance_rate(net, task)))
     print(f"{name:9s} rate {np.asarray(sj.imbalance_rate(net, task)).round(4)}  difference {difference.max():.0e}")
-    assert difference.max() < 1e-13
+    assert difference.max() < 1e-10
 
 # %% [markdown]
 # The first term of `φ` at zero sorts activations into classes. Agreement with the paper's table for every entry; for some activations the
@@ -181,7 +181,8 @@ assert np.allclose(np.asarray(exponents)[:, -1], np.asarray(bottlenecks) - 2, at
 # layers, `benchmarks/exponents.py` finds it within 0.0002 at `ε = 1e-5`.
 #
 # **Where not.** In the range of the paper's own simulations, `ε` between 1e-2 and 0.5, the limit is not yet visible: slopes are off
-# by up to 0.5 and more at `ε ≥ 0.1`, as are the slopes 1.24, 2.7 and 5.4 of its figure against 1, 3 and 6.
+# by up to 0.4 at `ε = 0.1` and by up to 1.0 at 0.2 in the mean over seeds (`benchmarks/exponents.py`), as are the slopes 1.24, 2.7 and 5.4 of its figure
+# against 1, 3 and 6.
 #
 # ## 5. Couplings between blocks
 # For a teacher of several modes, let each block carry one mode. Is that preserved? At the saddles of a linear network, the growth rates of

@@ -42,7 +42,7 @@ plt.show()
 # ## Saddles, certified
 # From the slowest point of each plateau, the nearest zero of the gradient is sought. The table says how far away it is, what is left of the
 # gradient, and the extreme eigenvalues of the Hessian. The largest is the curvature along the strongest mode, `L S_1^{2(L−1)/L} = 32`. The lowest
-# is nearly zero: with more than two layers these saddles are degenerate, flat to second order in the directions of the modes
+# is nearly zero: in a linear network of more than two layers these saddles are degenerate, flat to second order in the directions of the modes
 # not yet learned, which is why the plateaus are long.
 
 # %%

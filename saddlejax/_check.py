@@ -65,6 +65,8 @@ def float_type(argument: str, dtype: Any) -> None:
         half = "Half precision cannot follow a plateau. " if name in ("float16", "bfloat16") else ""
         remedy = f"{half}Use float32 or float64; arrays are converted by .astype('float32')."
         raise fail(argument, "be in single or double precision", name, remedy)
+
+
 def at_most_samples(samples: Any, available: int, of: str) -> None:
     """Refuse a number of samples, where one is given, beyond those there are."""
     if samples is not None:

@@ -36,8 +36,8 @@ class ActivationClass(eqx.Module):
     - `resolution`: the strength below which a term cannot be told from rounding.
     - `confidence`: from 0 to 1. Where `φ` has a first term, `1 − resolution / strength`. Where it vanishes, one minus
       the largest coefficient found, in units of the resolution. Where it vanishes up to `z^6` and yet not near zero, 0:
-      the order is open. Without an expansion, one minus the tolerated over the observed misfit of polynomials. Terms
-      below the resolution, structure closer to zero than 1e-4, and `|z| > 1000` are beyond what it speaks of.
+      the order is open. Without an expansion, one minus the tolerated over the observed misfit of polynomials. It does not
+      cover what is not looked at: terms below the resolution, features of `σ` at `|z| < 1e-4`, and `|z| > 1000`.
     - `note`: what the letter does not say.
     """
 

@@ -57,8 +57,8 @@ def nearby_stationary_point(net: AbstractNetwork, task: Task, *, max_iterations:
     """The zero of `∇𝓛` near a network, whatever the signs of the curvature there.
 
     Levenberg-Marquardt steps `−(H² + μ)^{−1} H ∇𝓛` in Krylov spaces of the Hessian `H` make `‖∇𝓛‖` smaller, never the
-    loss, so that saddles attract as minima do. Where the Hessian is singular, as at every saddle of a network deeper
-    than two, convergence is linear. It ends after `max_iterations`, or where `‖∇𝓛‖` is down to rounding; how far it came
+    loss, so that saddles attract as minima do. Where the Hessian is singular, as at the saddles of a linear network
+    deeper than two, convergence is linear. It ends after `max_iterations`, or where `‖∇𝓛‖` is down to rounding; how far it came
     is in the result.
 
     **Arguments:** `net`, `task`; `max_iterations`, of at most 48 Hessian-vector products each.

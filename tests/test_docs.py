@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -63,7 +64,7 @@ def check(value: object, text: str, where: str) -> None:
     got = str(value) if isinstance(value, str | tuple | list) else str(np.asarray(value, dtype=object))
     expected, found = ([float(number) for number in NUMBER.findall(part)] for part in (text, got))
     if expected:
-        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=1e-12, err_msg=f"{where}: {got} and {text}")
+        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=1e-10, err_msg=f"{where}: {got} and {text}")
     else:
         assert got == text, f"{where}: {got} instead of {text}"
 
@@ -79,7 +80,7 @@ def test_examples(page, tmp_path, monkeypatch, capsys):
     namespace: dict = {"__name__": page.stem}
     for line, code in blocks(page):
         run(code, namespace, f"{page.name}:{line}")
-    matplotlib.pyplot.close("all")
+    plt.close("all")
 
 
 def test_a_broken_promise_is_noticed():
@@ -96,6 +97,8 @@ def test_site_builds_and_its_links_resolve(tmp_path):
     pages = {page: page.read_text() for page in (tmp_path / "site").rglob("index.html")}
     names = [name for name, value in vars(sj).items() if not name.startswith("_") and callable(value)]
     reference = "".join(text for page, text in pages.items() if "reference" in page.parts)
+    # What users subclass or are given, as docs/extending.md says, is there too.
+    names += ["networks.AbstractNetwork", "flow.until.AbstractUntil", "flow.clock.PlateauField", "flow.state.FlowState"]
     assert "gradient_flow" in names and [name for name in names if f'id="saddlejax.{name}"' not in reference] == []
     # Formulas are MathML by now, TeX and all: no script draws them.
     for page, text in pages.items():
@@ -113,8 +116,8 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SADDLEJAX_SEEDS", "1")  # of the sweep
     matplotlib.use("Agg")
     runpy.run_path(str(notebook))
-    assert matplotlib.pyplot.get_fignums(), "a notebook draws what it finds"
-    matplotlib.pyplot.close("all")
+    assert plt.get_fignums(), "a notebook draws what it finds"
+    plt.close("all")
 
 
 def test_pages_of_notebooks_are_theirs():

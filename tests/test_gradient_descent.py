@@ -1,5 +1,6 @@
 """Gradient descent against plain loops, closed forms and the identity it discretises."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +26,6 @@ def plain_loop(net, task, optimiser, steps):
     return nets, gradients
 
 
-def assert_same_weights(left, right, **tolerance):
-    for a, b in zip(left.weights, right.weights, strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
-
-
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "schedule"])
 def test_equals_a_plain_loop(name):
     optimiser = {
@@ -44,8 +40,8 @@ def test_equals_a_plain_loop(name):
     np.testing.assert_array_equal(record.steps, [0, 5, 10, 15, 20, 23])
     rows = [nets[k] for k in record.steps]
     # optax computes schedules in single precision.
-    rtol = 1e-6 if name == "schedule" else 1e-10
-    assert_same_weights(record.net, nets[-1], rtol=rtol)
+    rtol = 1e-4 if name == "schedule" else 1e-8
+    chex.assert_trees_all_close(record.net.weights, nets[-1].weights, rtol=rtol)
     np.testing.assert_allclose(record.losses, [task_loss(n, TASK) for n in rows], rtol=rtol)
     np.testing.assert_allclose(record.imbalance, [sj.imbalance(n) for n in rows], rtol=rtol, atol=rtol)
     np.testing.assert_allclose(record.layer_norms, [[np.linalg.norm(w) for w in n.weights] for n in rows], rtol=rtol)
@@ -58,12 +54,12 @@ def test_equals_a_plain_loop(name):
 
 def test_flow_time_of_sgd_is_its_learning_rate():
     record = sj.gradient_descent(NET, TASK, optax.sgd(0.1), 12, every=4)
-    np.testing.assert_allclose(record.times, 0.1 * record.steps, rtol=1e-12)
+    np.testing.assert_allclose(record.times, 0.1 * record.steps, rtol=1e-10)
     np.testing.assert_allclose(record.log_times[1:], np.log(record.times[1:]))
     schedule = optax.linear_schedule(0.2, 0.05, 10)
     scheduled = sj.gradient_descent(NET, TASK, optax.sgd(schedule), 12, every=4)
     expected = np.cumsum([0, *(schedule(k) for k in range(12))])[::4]
-    np.testing.assert_allclose(scheduled.times, expected, rtol=1e-6)
+    np.testing.assert_allclose(scheduled.times, expected, rtol=1e-4)
 
 
 def test_flow_time_of_momentum_on_a_plateau():
@@ -81,7 +77,7 @@ def test_sgd_leaves_the_identity_by_the_squares_of_its_steps():
     drift = np.cumsum(rate**2 * np.diff(squares, axis=1), axis=0)
     sizes = record.layer_norms[1:] ** 2
     expected = np.abs(drift) / (sizes[:, 1:] + sizes[:, :-1])
-    np.testing.assert_allclose(jnp.abs(record.imbalance_residual[1:]), expected, rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(jnp.abs(record.imbalance_residual[1:]), expected, rtol=1e-6, atol=1e-10)
 
 
 def test_the_departure_from_the_identity_is_first_order_in_the_learning_rate():
@@ -125,12 +121,14 @@ def test_minibatches_go_through_the_data():
     longer = sj.gradient_descent(net, task, optax.sgd(1.0), 300, batch_size=2, key=jax.random.key(0)).net.weights[0]
     assert longer.sum() == pytest.approx(300) and longer.min() > 30 and len(np.unique(longer)) > 1
     whole = sj.gradient_descent(NET, TASK, optax.sgd(0.1), 20, batch_size=30, key=jax.random.key(0))
-    assert_same_weights(whole.net, sj.gradient_descent(NET, TASK, optax.sgd(0.1), 20).net, rtol=1e-10)
+    full = sj.gradient_descent(NET, TASK, optax.sgd(0.1), 20)
+    chex.assert_trees_all_close(whole.net.weights, full.net.weights, rtol=1e-8)
 
 
 def test_minibatches_depend_on_the_key_only():
     optimiser = optax.sgd(0.1)
     runs = [sj.gradient_descent(NET, TASK, optimiser, 30, batch_size=5, key=jax.random.key(seed)) for seed in (0, 0, 1)]
+    # The same program with the same inputs: equal to the last bit.
     np.testing.assert_array_equal(runs[0].losses, runs[1].losses)
     assert np.max(np.abs(runs[0].losses - runs[2].losses)) > 1e-6
     # The rates are those of each batch, so what is left is discretisation, as for the full batch.

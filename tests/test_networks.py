@@ -24,12 +24,12 @@ def test_weights_are_he_normal_and_outputs_are_plain_matrix_products():
         assert float(jnp.std(w)) == pytest.approx(np.sqrt(2 / w.shape[1]), rel=0.03)
     keys = jax.random.split(KEY, 3)
     for k, w in zip(keys, net.weights, strict=True):
-        np.testing.assert_array_equal(w, jnp.sqrt(2 / w.shape[1]) * jax.random.normal(k, w.shape))
+        np.testing.assert_allclose(w, jnp.sqrt(2 / w.shape[1]) * jax.random.normal(k, w.shape), rtol=1e-10)
     x = jax.random.normal(KEY, (64,))
     expected = net.weights[2] @ jnp.tanh(net.weights[1] @ jnp.tanh(net.weights[0] @ x))
-    np.testing.assert_allclose(net(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(net(x), expected, rtol=1e-10)
     batch = jnp.stack([x, 2 * x])
-    np.testing.assert_allclose(preactivations(net, batch)[-1][1], net(2 * x), rtol=1e-12)
+    np.testing.assert_allclose(preactivations(net, batch)[-1][1], net(2 * x), rtol=1e-10)
 
 
 def test_a_network_of_one_layer_is_a_matrix():
@@ -134,7 +134,7 @@ def activation_values():
 )
 def test_activations_are_what_their_names_say(name, formula, activation_values):
     z = np.linspace(-7, 7, 29)
-    np.testing.assert_allclose(activation_values[name], formula(z), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(activation_values[name], formula(z), rtol=1e-10, atol=1e-10)
 
 
 def test_every_name_has_been_checked_above():
@@ -156,7 +156,7 @@ def test_safe_norm_survives_where_squares_do_not():
     for size in (1e-300, 1e-30, 1.0, 1e200):
         v = size * jnp.array([3.0, 4.0])
         assert float(safe_norm(v) / size) == pytest.approx(5.0)
-        np.testing.assert_allclose(jax.grad(safe_norm)(v), [0.6, 0.8], rtol=1e-12)
+        np.testing.assert_allclose(jax.grad(safe_norm)(v), [0.6, 0.8], rtol=1e-10)
     assert float(safe_norm(jnp.zeros(2))) == 0
-    np.testing.assert_array_equal(jax.grad(safe_norm)(jnp.zeros(2)), [0, 0])
+    np.testing.assert_array_equal(jax.grad(safe_norm)(jnp.zeros(2)), [0, 0])  # zero by definition, not by rounding
     assert jnp.isnan(safe_norm(jnp.array([jnp.nan, 1.0])))

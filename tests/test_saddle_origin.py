@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +68,8 @@ def test_energy_is_minus_the_leading_order_loss_for_homogeneous_activations():
     task = gaussian(1)
     net = sj.MLP([4, 9, 8, 2], "relu", key=jax.random.key(2))
     overlap = np.mean(np.sum(np.asarray(task.y) * np.asarray(jax.vmap(net)(task.x)), axis=1))
-    assert np.isclose(sj.signal_energy(net, task), overlap, rtol=1e-12)
-    assert np.isclose(sj.signal_energy(net, task), -saddle.leading_order_loss(net, task), rtol=1e-12)
+    assert np.isclose(sj.signal_energy(net, task), overlap, rtol=1e-10)
+    assert np.isclose(sj.signal_energy(net, task), -saddle.leading_order_loss(net, task), rtol=1e-10)
 
 
 def test_instantaneous_speed_is_the_speed_of_growth_of_the_layers():
@@ -77,7 +78,7 @@ def test_instantaneous_speed_is_the_speed_of_growth_of_the_layers():
     unit = net.with_weights([w / jnp.linalg.norm(w) for w in net.weights])
     slope = jax.grad(lambda w: saddle.leading_order_loss(unit.with_weights(w), task))(unit.weights)
     growth = [-jnp.sum(g * w) for g, w in zip(slope, unit.weights, strict=True)]
-    assert np.allclose(growth, saddle.instantaneous_speed(net, task), rtol=1e-12)
+    assert np.allclose(growth, saddle.instantaneous_speed(net, task), rtol=1e-10)
 
 
 def test_chunks_of_samples_change_nothing(monkeypatch):
@@ -89,15 +90,14 @@ def test_chunks_of_samples_change_nothing(monkeypatch):
     parts = jax.value_and_grad(energy)(weights, origin)
     text = str(jax.make_jaxpr(energy)(weights, origin))
     assert "scan" in text
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+    chex.assert_trees_all_close(whole, parts, rtol=1e-10, atol=1e-10)
 
 
 def test_sample_weights_act_as_repeated_samples():
     task = gaussian(4, samples=3)
     weighted = sj.Task(task.x, task.y, sample_weights=[0.5, 0.25, 0.25])
     repeated = sj.Task(task.x[jnp.array([0, 0, 1, 2])], task.y[jnp.array([0, 0, 1, 2])])
-    np.testing.assert_allclose(saddle.origin_matrix(weighted), saddle.origin_matrix(repeated), rtol=1e-12)
+    np.testing.assert_allclose(saddle.origin_matrix(weighted), saddle.origin_matrix(repeated), rtol=1e-10)
 
 
 def test_nets_that_do_not_fit_are_refused():

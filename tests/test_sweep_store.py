@@ -1,4 +1,7 @@
-"""Nothing is lost: stores that are killed, damaged, full or another's; work that is lost and tried again."""
+"""Nothing is lost: stores that are killed, damaged, full or another's; work that is lost and tried again.
+
+What is written and read back are small whole numbers, so that equality to the last bit is what is tested.
+"""
 
 import random
 import resource

@@ -56,8 +56,8 @@ def gradient_flow(
     - `until`: [`saddlejax.Escape`][] (the default, `Escape()`, is the steepest point of the first descent),
       [`saddlejax.Time`][] or [`saddlejax.Loss`][].
     - `rtol`: the error of a step relative to each layer, by default 1e-4, or 2e-4 where the slope of the activation
-      jumps. On the way to an escape an error of the layers counts by its influence on the escape time, down
-      to a twentieth: late on the plateau, when nearly all of the time has passed, steps are longer.
+      jumps. Where the escape time is asked for, errors in the layers are multiplied by a weight between 1/20 and
+      1 that falls as the plateau passes: late on it they hardly change the escape time, so that steps may be longer.
     - `save`: what to keep on the way, see [`saddlejax.Save`][].
     - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5` for smooth
       activations and `Bosh3` for kinked ones.

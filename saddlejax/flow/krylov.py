@@ -78,10 +78,10 @@ class Applied(eqx.Module):
 
 
 class Lanczos(eqx.Module):
-    """A Krylov space while it grows: the tridiagonal projected matrix, the vector to come, and how good it is.
+    """A Krylov space while it grows: the tridiagonal projected matrix, its next basis vector, and how good it is.
 
-    The error left is `left` times the vector to come, `following`. `weight` is the measure of that vector, or of an
-    earlier one where the error was too large for it to matter.
+    `following` is the next basis vector, which is not yet part of the space. The estimated error is `left * following`.
+    `weight` is `measure(following)`; while the error is far above the tolerance, the value for an earlier vector serves.
     """
 
     basis: Float[Array, "size n"]

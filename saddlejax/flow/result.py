@@ -23,7 +23,7 @@ SAME_TIME = 1e-5
 
 
 class Flow(eqx.Module):
-    """What happened along a gradient flow (or along gradient descent), with its own certificate.
+    """What happened along a gradient flow (or along gradient descent), with a check of its own.
 
     Every field has one more leading axis under `vmap`. `rows` are the moments kept; those not used are NaN (a single
     call outside of `jit` cuts them off); their `steps` are −1.
@@ -39,7 +39,8 @@ class Flow(eqx.Module):
       for the exact flow (Rawal & DeWeese, arXiv:2605.01288), so that what is left is numerical error.
     - `weights`: a tuple of `L` arrays `(rows, n_l, n_{l−1})`, or None where not kept.
     - `net`: the network at the end.
-    - `stats`: `steps` accepted, `rejected_steps`, `gradient_evaluations`, `hessian_vector_products`.
+    - `stats`: the work as whole numbers, by name. Of a flow: `steps` accepted, `rejected_steps`, `gradient_evaluations` and
+      `hessian_vector_products`; of gradient descent: `steps`, `gradient_evaluations` and `escape_step`.
     - `resolved`: False where the flow depends on something that is smaller than rounding, or than the tolerance can be
       made: parts of the weights below the rounding of what has been learned, which have grown all the same after the first
       escape, or a start so near the stable manifold of the saddle that its layers cancel. The numbers after that are those
@@ -97,7 +98,10 @@ class Flow(eqx.Module):
 
     @property
     def imbalance_error(self) -> Float[Array, ""]:
-        """The largest relative violation of the imbalance identity over rows and layers: the flow's accuracy."""
+        """The largest relative violation of the imbalance identity over rows and layers.
+
+        A consistency check of the integration, not a bound on the error of the escape time; it is blind where layers are equal.
+        """
         residual = jnp.abs(self.imbalance_residual)
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)

@@ -71,7 +71,7 @@ def speeds(directions: Sequence[EscapeDirection], ax: Axes | None = None) -> Axe
     ax.plot(depths, best, color=COLOURS[0], marker=MARKERS[0], markersize=5, linewidth=1.2, label="best found")
     ax.plot(depths, rank_one, "x", color=COLOURS[1], markersize=8, label="best of rank one")
     ax.set(xlabel="depth $L$", ylabel="escape speed $s$  (1 / time)", xticks=depths)
-    ax.set_ylim(0, 1.25 * max(float(one.upper_bound) for one in directions))
+    ax.set_ylim(0, 1.25 * max(float(one.upper_bound) for one in directions) or 1)
     ax.legend(frameon=False, loc="lower right")
     return ax
 

@@ -5,23 +5,24 @@ import numpy as np
 from .clarke import near_kinks
 from .pieces import Cell, Kinks, Line, Matrices, Problem, flat, run, shaped, unit
 
-_TURNS = 100
+_MOST_ITERATIONS = 100
 
 
 def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matrices, int]:
-    """Active-set ascent over the activation cells; kinks within `distance` start held.
+    """Active-set ascent of the speed; kinks within `distance` are in the active set at the start.
 
-    Newton's method with the kinks held on which the network lies; it breaks at the kinks in its way, takes on the one
-    where the speed is largest, and lets go of one whose slope leaves the range between the one-sided ones, or
-    where the speed rises to a side.
+    Each iteration takes a Newton step with the active kinks held, that is, with `z = 0` there. A step that would cross
+    other kinks ends where the speed is largest: at one of them, which becomes active, or at the end of the step. A kink
+    leaves the active set where the speed rises to one side of it; there the slope that stationarity asks for is not between
+    the one-sided slopes.
 
-    **Returns:** the weights, and the number of turns, each with one gradient and Hessian.
+    **Returns:** the weights, and the number of iterations, each with one gradient and one Hessian.
     """
     weights = unit(weights)
     kinks = near_kinks(weights, problem, distance)
     _, cell_slopes = run(weights, problem, kinks)
     values = np.full(len(kinks), (problem.minus + problem.plus) / 2)
-    for turn in range(_TURNS):  # noqa: B007
+    for iteration in range(_MOST_ITERATIONS):  # noqa: B007
         cell = Cell(weights, problem, kinks.put(cell_slopes, values), kinks)
         if not cell.energy > 0:
             break
@@ -30,7 +31,7 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
         step *= min(1, 0.5 / length) if length > 0 else 1
         weights, crossed, blocked = advance(weights, step, problem, kinks, cell_slopes)
         low, high = cell.slope_ranges(problem)
-        # Slopes further out than this tell no more than that the kink is to be left.
+        # A slope outside of the range says that the kink is to leave the active set; how far outside does not matter.
         values = np.clip(values + change, low - (high - low), high + (high - low))
         if blocked is not None:
             kinks = Kinks(np.vstack([kinks.rows, blocked]))
@@ -47,14 +48,14 @@ def ascend(weights: Matrices, problem: Problem, distance: float) -> tuple[Matric
             cell_slopes[layer][sample, neuron] = side
             kinks = Kinks(np.delete(kinks.rows, drop, axis=0))
             values = np.delete(values, drop)
-    return weights, turn + 1
+    return weights, iteration + 1
 
 
 def newton_step(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     """One Newton step for `∂E/∂θ = μ_l W_l`, `‖W_l‖ = 1`, `z = 0` at the kinks, in the weights and the slopes there.
 
-    Along the constraints the Hessian's eigenvalues are taken with a negative sign, so that the step ascends and passes
-    saddles; next to a maximum it is Newton's.
+    In the directions that the constraints leave free, every eigenvalue of the Hessian is replaced by minus its absolute
+    value, so that the step ascends and is not drawn to saddle points; next to a maximum it is Newton's step.
     """
     weights, theta = cell.weights, flat(cell.weights)
     depth = len(weights)

@@ -22,7 +22,7 @@ class AlongFlow(eqx.Module):
     - `layer_cosines`: the cosine between `W_l` and the closest equivalent of `ρ_l`, `(rows, L)`; see
       [`saddlejax.saddle.layer_cosines`][].
     - `speed_ratio`: `−𝓛_0(θ̄)/s*`, `(rows,)`, with `θ̄` the network with every layer divided by its norm. At most one
-      if `ρ` is optimal, near zero or negative for a random network; infinite or `nan` for `s* = 0`.
+      if `ρ` is optimal, near zero or negative for a random network.
     - `low_rank_margin`: `(σ_1/σ_2)/l^{1/4}`, `(rows, L)`; see [`saddlejax.low_rank_margin`][].
 
     Rows that the flow did not use are `nan`.
@@ -47,8 +47,8 @@ def along_flow(flow: Flow, task: Task, best: EscapeDirection) -> AlongFlow:
 
     **Returns:** an [`saddlejax.saddle.AlongFlow`][].
 
-    **Raises:** `ValueError` for a flow without weights, for a batch of flows (use `jax.vmap`), and where the flow, the
-    task and the direction do not fit.
+    **Raises:** `ValueError` for a flow without weights, for a batch of flows (use `jax.vmap`), where the flow, the
+    task and the direction do not fit, and for a direction of speed zero, which is none.
     """
     if flow.weights is None:
         raise _check.fail(
@@ -59,6 +59,14 @@ def along_flow(flow: Flow, task: Task, best: EscapeDirection) -> AlongFlow:
     net = flow.net
     check_fits(net, task)
     layer_cosines(net, best.weights)  # refuses a direction that does not fit
+    if _check.is_concrete(best.speed) and not float(best.speed) > 0:
+        raise _check.fail(
+            "best",
+            "be a direction of positive speed",
+            f"one of speed {float(best.speed):.6g}",
+            "Small weights feel no signal of its task at the leading order of the loss, so there is no direction to "
+            "compare with.",
+        )
 
     def row(weights: Weights) -> tuple[Array, Array, Array]:
         here = net.with_weights(weights)

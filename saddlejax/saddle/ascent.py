@@ -28,8 +28,9 @@ class Climb(NamedTuple):
 
 
 def unit_layers(weights: Weights) -> Weights:
-    """Every layer divided by its Frobenius norm."""
-    return tuple(w / safe_norm(w) for w in weights)
+    """Every layer divided by its Frobenius norm; a layer of zeros stays zero."""
+    norms = [safe_norm(w) for w in weights]
+    return tuple(w / jnp.where(norm > 0, norm, 1) for w, norm in zip(weights, norms, strict=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))

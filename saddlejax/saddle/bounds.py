@@ -43,8 +43,8 @@ def speed_bound(task: Task, origin: Origin, first_layer: Weights, depth: Array) 
     root = jnp.sqrt(p)
     pulls = origin.r / jnp.where(root > 0, root, 1)[:, None]
     rows = origin.x * root[:, None]
-    total = jnp.linalg.norm(jnp.sum(origin.r, axis=0))
-    balanced = total <= 1e-6 * jnp.sum(jnp.linalg.norm(origin.r, axis=1))
+    total = safe_norm(jnp.sum(origin.r, axis=0))
+    balanced = total <= 1e-6 * jnp.sum(jax.vmap(safe_norm)(origin.r))
 
     def centred(h: Array) -> Array:
         return h - jnp.where(balanced, 1, 0) * root.reshape((-1,) + (1,) * (h.ndim - 1)) * jnp.tensordot(root, h, 1)
@@ -76,5 +76,7 @@ def speed_bound(task: Task, origin: Origin, first_layer: Weights, depth: Array) 
 
 def operator_norm(matrix: Float[Array, "samples n"]) -> Float[Array, ""]:
     """The largest singular value of a tall matrix, through its small Gram matrix."""
-    gram = jnp.matmul(matrix.T, matrix, precision="highest")
-    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], 0))
+    largest = jnp.max(jnp.abs(matrix))
+    unit = matrix / jnp.where(largest > 0, largest, 1)  # so that the squares neither underflow nor overflow
+    gram = jnp.matmul(unit.T, unit, precision="highest")
+    return largest * jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], 0))

@@ -31,9 +31,11 @@ class Stationarity:
 
 
 def near_kinks(weights: Matrices, problem: Problem, distance: float) -> Kinks:
-    """The kinks within a distance `|z| ≤ distance · ‖w‖ ‖h‖`, but for those of neurons that see or do nothing.
+    """The kinks within a distance `|z| ≤ distance · ‖w‖ ‖h‖`.
 
-    No more than there are weights, the nearest: more cannot be held, and with many samples would fill the memory.
+    Left out are neurons whose incoming or outgoing weights are zero, and samples whose signal `h` is zero. At most as many
+    kinks as there are weights are returned, the nearest ones: more cannot be held at once, and with many samples they
+    would fill the memory.
     """
     h, rows, distances = problem.x, [], []
     scale = np.linalg.norm(problem.x, axis=1)

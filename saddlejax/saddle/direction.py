@@ -15,11 +15,11 @@ from .._interrupt import safe_to_interrupt
 from .._stopping import check_stopped
 from .._threads import one_blas_thread
 from ..activations import Activation, ActivationParts, resolve_activation
-from ..networks import Weights
+from ..networks import Weights, safe_norm
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
 from .bounds import speed_bound
-from .origin import Origin, Tangent, energy, origin_matrix, tangent
+from .origin import Origin, Tangent, energy, origin_matrix, pull, tangent
 from .rank_one import chain_tangent
 from .result import EscapeDirection
 from .settle import RANK_ONE, Search, settle
@@ -27,6 +27,7 @@ from .settle import RANK_ONE, Search, settle
 _TOLERANCE = 1e-2  # plain residual at which the ascent hands over to the polish
 _EVALUATIONS = 300
 _FEWEST_RANK_ONE_STARTS = 64
+_ROUNDING = 16  # machine epsilons, relative to the largest conceivable speed, that count as zero
 
 
 @safe_to_interrupt
@@ -55,13 +56,17 @@ def escape_direction(
     - `task`: any task with a differentiable loss.
     - `sizes`: `[in_size, width, …, out_size]`, the sizes of the layers.
     - `activation`: a name or an elementwise JAX function with `σ(0) = 0`; what counts is its slopes on either side of zero.
-    - `starts`: how many random starts of full rank.
+    - `starts`: how many random starts of full rank. The result counts one or two more, the directions of rank one and,
+      for `L > 3`, of three layers, each marked in `start_kinds`.
     - `key`: a JAX random key.
 
-    **Returns:** an [`saddlejax.saddle.EscapeDirection`][].
+    **Returns:** an [`saddlejax.saddle.EscapeDirection`][]. Its speed is zero where nothing moves a network of small
+    weights to this order of the loss: in closed form where `M = 0`, up to rounding, or after a search that found no
+    direction of positive speed. Then there is no escape direction, and the summary says so.
 
-    **Raises:** `ValueError` for sizes that do not fit the task, and for activations with `σ(0) ≠ 0` or without a
-    non-zero slope at zero, for which the origin is no saddle of this kind.
+    **Raises:** `ValueError` for sizes that do not fit the task; for activations with `σ(0) ≠ 0` or without a
+    non-zero slope at zero, for which the origin is no saddle of this kind; and for a task without signal, whose
+    inputs, or whose gradients `∇c(0, y)`, are zero for all samples (unless they are traced: then the speed is zero).
     """
     sizes = _check.layer_sizes("sizes", sizes)
     if (sizes[0], sizes[-1]) != (task.in_size, task.out_size):
@@ -71,6 +76,7 @@ def escape_direction(
     _check.whole_number("starts", starts)
     sigma = resolve_activation(activation)
     slopes = tangent(sigma)
+    check_signal(task)
     if slopes.linear or len(sizes) == 2:
         return _closed_form(task, sizes, sigma, slopes.plus)
     frozen = jax.lax.stop_gradient(task)
@@ -93,15 +99,43 @@ def escape_direction(
 _energy = eqx.filter_jit(energy)
 
 
+def check_signal(task: Task) -> None:
+    """Refuse a task to which no network of small weights responds; traced ones pass."""
+    if not _check.is_concrete(task):
+        return
+    if not np.any(np.asarray(task.x)):
+        raise _check.fail(
+            "task", "have inputs that are not all zero", "one with x = 0 for all samples", "Check how x was made."
+        )
+    with jax.ensure_compile_time_eval():  # the task of a traced function need not be traced itself
+        gradients = np.asarray(pull(task))
+    if not np.any(gradients):
+        raise _check.fail(
+            "task",
+            "have a loss whose gradient at zero output is not zero for all samples",
+            "one with ∇c(0, y) = 0 throughout, as targets that are all zero have under squared error",
+            "A network of zero weights is stationary in every direction then. Check how y was made.",
+        )
+
+
+def largest_speed(task: Task) -> Array:
+    """`Σ_i ‖r_i‖ ‖x_i‖`, above the speed of every direction if the activation has slopes of at most one."""
+    return jnp.sum(jax.vmap(safe_norm)(pull(task)) * jax.vmap(safe_norm)(task.x))
+
+
 def _closed_form(task: Task, sizes: tuple[int, ...], sigma: Activation, gain: float) -> EscapeDirection:
     """The direction of a network that is linear to leading order: the top singular vectors of `M`."""
     hidden = len(sizes) - 2
-    left, values, right = jnp.linalg.svd(origin_matrix(task), full_matrices=False)
+    matrix = origin_matrix(task)
+    # What is rounding of the sum over samples is no signal.
+    largest = largest_speed(jax.lax.stop_gradient(task))
+    matrix = jnp.where(safe_norm(matrix) > _ROUNDING * jnp.finfo(matrix.dtype).eps * largest, matrix, 0)
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     weights = [jnp.zeros((rows, columns), values.dtype) for rows, columns in zip(sizes[1:], sizes[:-1], strict=True)]
     if hidden == 0:
         # One layer is not homogeneous beyond the first degree: every matrix along M is its fastest direction.
-        weights = [origin_matrix(task) / jnp.linalg.norm(origin_matrix(task))]
-        speed = jnp.linalg.norm(origin_matrix(task))
+        speed = safe_norm(matrix)
+        weights = [jnp.where(speed > 0, matrix / jnp.where(speed > 0, speed, 1), weights[0].at[0, 0].set(1))]
     else:
         sign = np.sign(gain) ** hidden
         weights[0] = weights[0].at[0].set(right[0])
@@ -134,7 +168,7 @@ def _residual(weights: Weights, speed: Array, task: Task, gain: float) -> Array:
     slopes = jax.grad(energy)(weights, Origin(task, Tangent(gain, gain)))
     misses = [slope - speed * w for slope, w in zip(slopes, weights, strict=True)]
     size = jnp.sqrt(sum(jnp.sum(jnp.square(miss)) for miss in misses))
-    return jnp.where(speed > 0, size / jnp.where(speed > 0, speed, 1), jnp.nan)
+    return jnp.where(speed > 0, size / jnp.where(speed > 0, speed, 1), jnp.inf)
 
 
 def _search(task: Task, search: Search, starts: int, key: PRNGKeyArray) -> dict[str, Any]:

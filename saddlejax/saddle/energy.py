@@ -28,9 +28,10 @@ def instantaneous_speed(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
     """`−𝓛_0(θ̄)`, `θ̄` the network with every layer divided by its norm: at most the optimal escape speed `s*`.
 
     `𝓛_0` is the leading-order loss, [`saddlejax.saddle.leading_order_loss`][]. Near the origin the network moves
-    outwards at this speed: with layers of equal norm `y`, `dy/dt = −𝓛_0(θ̄) y^{L−1}`.
+    outwards at this speed: with layers of equal norm `y`, `dy/dt = −𝓛_0(θ̄) y^{L−1}`. A layer of zeros stays zero in
+    `θ̄`, so that the speed is zero.
 
-    **Arguments:** `net`, a network without biases and without zero layers; `task`, the problem.
+    **Arguments:** `net`, a network without biases; `task`, the problem.
 
     **Raises:** `ValueError` where net and task do not fit, and for activations that [`saddlejax.saddle.tangent`][]
     refuses.

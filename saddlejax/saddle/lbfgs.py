@@ -1,4 +1,4 @@
-"""L-BFGS with a weak Wolfe line search as one JAX loop, one gradient evaluation a turn.
+"""L-BFGS with a weak Wolfe line search as one JAX loop, one gradient evaluation per iteration.
 
 The weak Wolfe conditions, bracketed by bisection, keep quasi-Newton methods moving on functions with kinks
 (Lewis & Overton, *Nonsmooth optimization via quasi-Newton methods*, Math. Program. 141, 2013).

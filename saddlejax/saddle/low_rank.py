@@ -53,22 +53,24 @@ def low_rank_margin(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[
 
 
 def stable_rank(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Array, " layers"]:
-    """`‖W_l‖_F² / ‖W_l‖_op²` of every layer, shape `(L,)`: one for rank one, never above the rank.
+    """`‖W_l‖_F² / ‖W_l‖_op²` of every layer, shape `(L,)`: one for rank one, never above the rank, zero for zeros.
 
     **Arguments:** `weights_or_net`, a network or its matrices.
     """
-    relative = [values / values[0] for values in singular_values(weights_or_net)]
+    relative = [values / jnp.where(values[0] > 0, values[0], 1) for values in singular_values(weights_or_net)]
     return jnp.stack([jnp.sum(jnp.square(values)) for values in relative])
 
 
 def rank_one_excess(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Array, " layers"]:
     """`Σ_{i≥2} σ_i² / Σ_i σ_i²` of every layer, shape `(L,)`: the share of the squared norm beyond rank one.
 
+    It is zero for a layer of rank one, and for one of zeros.
+
     **Arguments:** `weights_or_net`, a network or its matrices.
     """
     return jnp.stack(
         [
-            jnp.square(safe_norm(v[1:]) / safe_norm(v)) if v.size > 1 else jnp.zeros_like(v[0])
+            jnp.square(safe_norm(v[1:]) / jnp.where(v[0] > 0, safe_norm(v), 1)) if v.size > 1 else jnp.zeros_like(v[0])
             for v in singular_values(weights_or_net)
         ]
     )

@@ -1,4 +1,4 @@
-"""Networks with the neurons that do the same merged, and back."""
+"""Merging hidden neurons that compute the same function, and padding with neurons of zero weights."""
 
 import numpy as np
 

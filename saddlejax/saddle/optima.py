@@ -10,7 +10,7 @@ _SAME = 1e-7
 
 
 class Optimum(NamedTuple):
-    """A local optimum: its speed, and the number of starts that ended there."""
+    """A local optimum: its speed, and the number of starts of any kind that ended there."""
 
     speed: float
     starts: int
@@ -19,7 +19,7 @@ class Optimum(NamedTuple):
 def distinct(speeds: Float[Array, " starts"], residuals: Float[Array, " starts"]) -> tuple[Optimum, ...]:
     """The distinct speeds, best first, of the starts that became stationary; equal within a relative `1e-7`.
 
-    Starts with a residual above `1e-6`, or none, are left out. Two optima of exactly the same speed count as one.
+    Starts with a residual above `1e-6` are left out. Two optima of exactly the same speed count as one.
     """
     optima: list[Optimum] = []
     stationary = np.asarray(residuals) <= _STATIONARY

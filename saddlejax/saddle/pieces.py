@@ -202,5 +202,5 @@ def shaped(vector: np.ndarray, like: Matrices) -> Matrices:
 
 
 def unit(weights: Matrices) -> Matrices:
-    """Every layer divided by its norm."""
-    return [w / np.linalg.norm(w) for w in weights]
+    """Every layer divided by its norm; a layer of zeros stays zero."""
+    return [w / (np.linalg.norm(w) or 1.0) for w in weights]

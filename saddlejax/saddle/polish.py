@@ -19,7 +19,7 @@ _NO_SPEED = 1e-12  # relative to the largest conceivable speed
 
 @dataclass(frozen=True)
 class Settled:
-    """A direction and its certificate; `kinks` counts the samples and neurons on their kink."""
+    """A direction with its residuals; `kinks` counts the pairs of a sample and a neuron that lie on a kink."""
 
     weights: Matrices
     speed: float
@@ -31,11 +31,11 @@ class Settled:
 
 
 def polish(problem: Problem, weights: Matrices, speed: float, residual: float, evaluations: int) -> Settled:
-    """The stationary direction next to the end of a climb, of the same shapes.
+    """The stationary direction next to the end of an ascent, of the same shapes.
 
-    Neurons that do the same are merged, coarsely first, and the merged network ascends by an active-set method. What
-    does not end with a smaller residual at no smaller speed is not taken. A speed of zero has no direction: its
-    residuals are `nan`.
+    Neurons whose incoming weights are nearly parallel are merged, up to a large angle first and then up to smaller ones,
+    and the merged network ascends by an active-set method. The result is kept only if its residual is smaller and its
+    speed no smaller. Where the speed is zero there is no direction, and the residuals are infinite.
     """
     weights = unit(weights)
     best = Settled(weights, speed, residual, residual, 0, evaluations, 0)
@@ -54,5 +54,5 @@ def polish(problem: Problem, weights: Matrices, speed: float, residual: float, e
         if best.clarke < 1e-9 or turns > _MOST_TURNS or not max(reached, speed) > _NO_SPEED * largest:
             break
     if not best.speed > _NO_SPEED * largest:
-        return Settled(weights, 0.0, np.nan, np.nan, 0, evaluations, turns)
+        return Settled(weights, 0.0, np.inf, np.inf, 0, evaluations, turns)
     return Settled(best.weights, best.speed, best.plain, best.clarke, best.kinks, evaluations, turns)

@@ -9,9 +9,9 @@ from .pieces import Matrices
 def chain_tangent(slopes: Tangent, depth: int) -> tuple[Tangent, float]:
     """The scalar function that the hidden layers of a rank-one direction apply, and the sign of its inner weights.
 
-    With all layers of rank one the network is `u ψ(v·x)`, `ψ` a chain of `L − 1` activations with weights `±1` in
-    between. The speed is convex in the two slopes of a layer's chain, so weights of one sign throughout suffice, the
-    better of the two. For ReLU and `|z|` `ψ` is the activation itself, whatever the depth.
+    With all layers of rank one the network is `u ψ(v·x)`, where `ψ` is a chain of `L − 1` activations with weights `±1` in
+    between. The speed is a convex function of the two slopes of `ψ`, so that it is enough to try weights of one sign
+    throughout, once positive and once negative. For ReLU and `|z|` `ψ` is the activation itself, whatever the depth.
     """
     chains = []
     for sign in (1.0, -1.0):

@@ -47,7 +47,7 @@ def directions_over_depth(
 
 
 def record(best: EscapeDirection) -> dict[str, Any]:
-    """What is worth keeping of an escape direction, as plain numbers for JSON."""
+    """The main results of an escape direction as plain numbers, for JSON."""
     random = np.asarray(best.start_kinds) == RANDOM
     work = np.asarray(best.gradient_evaluations)[random]
     return {
@@ -84,14 +84,15 @@ def directions_table(directions: Sequence[EscapeDirection]) -> "Table":
             f"{kept['speed']:.9f}",
             f"{kept['rank_one_speed']:.9f}",
             f"{kept['upper_bound']:.6f}",
-            f"{kept['residual']:.0e}",
+            f"{kept['residual']:.0e}" if kept["speed"] > 0 else "–",
             str(kept["kinks"]),
-            _margin(min(kept["low_rank_margin"])),
+            _margin(min(kept["low_rank_margin"])) if kept["speed"] > 0 else "–",
             str(len(kept["optima"])),
         )
     table.caption = (
         "bound: no speed can exceed it. residual: of stationarity, relative to the speed. kinks: (sample, neuron) pairs\n"
-        "on a kink. margin: least (σ1/σ2)/l^¼ over the layers. optima: distinct local optima that the starts found."
+        "on a kink. margin: least (σ1/σ2)/l^¼ over the layers. optima: distinct local optima that the starts found.\n"
+        "A speed of zero is no escape direction: the leading order of the loss falls in none that was found."
     )
     table.caption_justify = "left"
     return table

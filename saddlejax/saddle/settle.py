@@ -1,4 +1,4 @@
-"""From climbs to certified directions: the host's part of the search, in NumPy."""
+"""From the ends of the ascents to directions with residuals: the part of the search that runs on the host, in NumPy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +30,11 @@ class Search:
 
 
 def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, Any]:
-    """Polish every climb and pick the best.
+    """Polish the end of every ascent and pick the best.
 
-    **Arguments:** inputs and pulls; then three climbs with a leading axis of starts: of the rank-one problem, of the
-    network of three layers (or None), of the network itself.
+    **Arguments:** `x`, the inputs; `r`, minus the gradients of the loss at zero output, each times the weight of its
+    sample; then the ends of three ascents, with a leading axis of starts: `narrow`, of the problem in which all layers have
+    rank one; `shallow`, of the network of three layers (or None); `full`, of the network itself.
 
     **Returns:** arrays of fixed shapes: see [`saddlejax.saddle.EscapeDirection`][].
     """
@@ -47,8 +48,8 @@ def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, Any]:
     found.append((polish(problem, embedded, rank_one[0].speed, np.inf, rank_one[0].evaluations), RANK_ONE))
     if shallow is not None:
         below = max((polish(problem, *start) for start in lanes(shallow)), key=lambda one: one.speed)
-        lifted = lift(below.weights, problem, search)
-        found.append((polish(problem, lifted, true_energy(lifted, problem), np.inf, below.evaluations), THREE_LAYERS))
+        deep = deepen(below.weights, problem, search)
+        found.append((polish(problem, deep, true_energy(deep, problem), np.inf, below.evaluations), THREE_LAYERS))
     found.sort(key=lambda one: -one[0].speed)
     best, _ = found[0]
     return {
@@ -65,19 +66,20 @@ def settle(search: Search, x, r, narrow, shallow, full) -> dict[str, Any]:
 
 
 def lanes(climbs) -> Iterator[tuple[Matrices, float, float, int]]:
-    """The starts of a climb one by one: weights, speed, residual and evaluations."""
+    """The ends of the ascents one by one: weights, speed, residual and evaluations."""
     weights, speeds, residuals, evaluations = climbs
     for i in range(len(speeds)):
         check_stopped()
         yield [np.asarray(w[i], float) for w in weights], float(speeds[i]), float(residuals[i]), int(evaluations[i])
 
 
-def lift(weights: Matrices, problem: Problem, search: Search) -> Matrices:
-    """A network of three layers made deeper by numbers one before its last layer, at no smaller a speed.
+def deepen(weights: Matrices, problem: Problem, search: Search) -> Matrices:
+    """A network of three layers made deeper by inserting layers of one neuron and weight one, at no smaller a speed.
 
-    The speed is `Σ_j ‖W_2[j]‖ ‖W_3[:, j]‖ c_j`, with `c_j` the speed if the last hidden layer were neuron `j` alone; so
-    the best of them alone is at least as fast. Its signal passes a 1 × 1 identity unchanged where the slope above
-    zero is one: an optimal speed never falls with depth (Bantzis, Simon & Jacot, arXiv:2505.21722).
+    The speed is `Σ_j ‖W_2[j]‖ ‖W_3[:, j]‖ c_j`, with `c_j` the speed if the last hidden layer consisted of neuron `j`
+    alone. By Cauchy–Schwarz it is at most the largest `c_j`, so that only that neuron is kept. For ReLU its signal passes
+    further layers of one neuron and weight one unchanged: an optimal speed never falls with depth (Bantzis, Simon &
+    Jacot, arXiv:2505.21722).
     """
     first, second, last = merge(weights, 1e-6)
     alone = [[first, second[j : j + 1], last[:, j : j + 1]] for j in range(len(second))]

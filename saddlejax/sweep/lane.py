@@ -86,7 +86,8 @@ def initial_network(group: Group, which: Array, lane: LaneValues) -> PaddedMLP:
         own = jax.random.key_data(jax.random.split(key, depth))
         return jnp.concatenate([own[:-1], jnp.zeros((len(shapes) - depth, *own.shape[1:]), own.dtype), own[-1:]])
 
-    # The keys branch on the depth, the numbers do not: the program draws them once for all layers of a shape.
+    # Only the choice of the keys depends on the depth. The code that draws weights from them is compiled once for all layers
+    # of one shape, whatever the depth.
     keys = jax.lax.switch(which, [functools.partial(own_keys, depth) for depth in group.depths])
     position, depth = jnp.arange(len(shapes)), jnp.asarray(group.depths)[which]
     there = (position < depth - 1) | (position == len(shapes) - 1)
