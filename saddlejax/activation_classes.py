@@ -156,14 +156,6 @@ def _value_at_zero(function: Activation) -> float:
     return max([float(middle), *jumps], key=abs)
 
 
-def slope_jumps_at_zero(activation: str | Activation) -> bool:
-    """Whether `σ'` differs between the two sides of zero, or has no limit there; can be asked while JAX is tracing.
-
-    Arrays of the activation that are being traced are taken to have no special values.
-    """
-    return _common_slope(with_known_numbers(resolve_activation(activation))) is None
-
-
 def slope_jumps(activation: str | Activation) -> bool:
     """Whether `σ'` jumps, or has no limit, anywhere up to `|z| = 1000`; can be asked while JAX is tracing.
 

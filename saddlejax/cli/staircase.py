@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .. import _check, plot, tasks
 from .._check import layer_indices
-from ..activation_classes import slope_jumps_at_zero
+from ..activation_classes import slope_jumps
 from ..flow import Flow, Loss, Save, Status, gradient_flow
 from ..flow.gradient_flow import KINKED_RTOL, STIFF_RTOL
 from ..flow.result import power_of_ten
@@ -80,7 +80,7 @@ def staircase(
         net = scale_layers(net, scale)
         tolerance = rtol
         if tolerance is None:
-            tolerance = KINKED_RTOL if slope_jumps_at_zero(net.activation) else STIFF_RTOL
+            tolerance = KINKED_RTOL if slope_jumps(net.activation) else STIFF_RTOL
         _check.positive_number("rtol", tolerance)
         if CHECK * tolerance >= 1:
             raise _check.fail("rtol", f"be below {1 / CHECK:.3g}, since the check takes {CHECK:g} times as much", rtol)
