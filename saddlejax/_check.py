@@ -1,5 +1,7 @@
 """Checks of arguments: every message names the argument, the rule, what came, and what to do."""
 
+import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +35,14 @@ def fail(argument: str, rule: str, got: Any, remedy: str = "") -> ValueError:
     """The error to raise for a bad argument."""
     text = f"{argument} must {rule}, but it was {got}."
     return ValueError(f"{text} {remedy}" if remedy else text)
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller's code, outside of this package, that led here."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def positive_number(argument: str, value: Any, remedy: str = "") -> None:

@@ -186,8 +186,20 @@ def test_a_flow_knows_its_task_but_does_not_carry_it():
 
 
 def test_points_whose_gradient_is_rounding_are_stationary():
-    net = sj.scale_layers(sj.MLP([8, 8, 8, 8, 4], "identity", key=jax.random.key(0)), 1e-5)
+    net = sj.scale_layers(sj.MLP([8, 8, 8, 8, 4], "identity", key=jax.random.key(0)), 2e-5)
     flow = sj.gradient_flow(net, DECOUPLED, sj.Loss(1e-3), stiff=True, save=sj.Save(weights=True))
+    assert flow.status == sj.Status.loss_reached
     found = flow.plateaus(polish=True)
     np.testing.assert_allclose([p.loss for p in found], [0.5 * np.sum(STRENGTHS[k:] ** 2) for k in range(4)], rtol=1e-3)
     assert all(p.saddle.converged for p in found)
+
+
+def test_warnings_point_at_the_line_of_the_caller():
+    with pytest.warns(UserWarning, match="nothing but rounding") as record:
+        sj.gradient_flow(
+            sj.scale_layers(sj.MLP([8, 8, 8, 8, 4], "identity", key=jax.random.key(0)), 1e-7),
+            DECOUPLED,
+            sj.Loss(1e-3),
+            stiff=True,
+        )
+    assert record[0].filename == __file__

@@ -1,7 +1,6 @@
 """The public call: follow the gradient flow of a network on a task."""
 
 import dataclasses
-import warnings
 
 import diffrax as dfx
 import equinox as eqx
@@ -181,24 +180,21 @@ def _warn_where_rounding_matters(flow: Flow, end: Integration) -> None:
     factor = least_factor(np.asarray(flow.layer_norms[0]), np.asarray(flow.layer_norms[-1]), shapes)
     remedy = f"Start from weights at least {factor:.2g} times as large.{finer}"
     if bool(end.dormant_lost):
-        warnings.warn(
+        _check.warn(
             "After the first escape something has grown that had been smaller than the rounding of what was learned beside "
-            f"it in {dtype}: the times of later plateaus are those of rounding errors. {remedy}",
-            stacklevel=3,
+            f"it in {dtype}: the times of later plateaus are those of rounding errors. {remedy}"
         )
     if bool(flow.status == Status.below_rounding):
-        warnings.warn(
+        _check.warn(
             f"The flow stopped where the gradient is nothing but rounding in {dtype}: what is still to be learned is too "
-            f"small beside what has been learned. {remedy}",
-            stacklevel=3,
+            f"small beside what has been learned. {remedy}"
         )
     if bool(end.cancels):
         smallest = LEAST_ERROR * float(jnp.finfo(dtype).eps) / float(flow.rtol)
-        warnings.warn(
+        _check.warn(
             "The flow passed close to a saddle on a path on which the layers cancel to less than "
             f"{smallest:.1g} of themselves, which {dtype} cannot resolve at this rtol: when it left is not known. "
-            f"Start elsewhere, or from weights that do not nearly cancel.{finer}",
-            stacklevel=3,
+            f"Start elsewhere, or from weights that do not nearly cancel.{finer}"
         )
 
 
@@ -207,8 +203,7 @@ def _warn_where_origin_is_no_saddle(net: AbstractNetwork) -> None:
         return
     at_zero = value_at_zero(net.activation)
     if net.depth > 1 and at_zero != 0:
-        warnings.warn(
+        _check.warn(
             f"The activation is {at_zero:.3g} at zero, not 0: the origin is then no saddle, since the last layer has a "
-            "gradient there. The flow is computed all the same, but the escape laws do not apply to it.",
-            stacklevel=4,
+            "gradient there. The flow is computed all the same, but the escape laws do not apply to it."
         )

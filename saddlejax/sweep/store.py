@@ -147,7 +147,7 @@ class ZarrStore:
             f"{name} {attributes[name]} then, {now[name]} now" for name in names if attributes[name] != now[name]
         ]
         if changed:
-            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(changed)}.", stacklevel=4)
+            _check.warn(f"{self.path} was begun with other versions: {'; '.join(changed)}.")
         return attributes
 
     def _check_room(self) -> None:
@@ -182,10 +182,9 @@ class ZarrStore:
         missing = [block for block in self.problem.grid.blocks(self.block_shape) if not self._done(block, damaged)]
         if damaged:
             places = ", ".join(str(self._file(STATUS, block).relative_to(self.path)) for block in damaged[:5])
-            warnings.warn(
+            _check.warn(
                 f"{self.path} holds damaged blocks, {len(damaged)} in number, which are computed again: those of {places}"
-                f"{', …' if len(damaged) > 5 else '.'}",
-                stacklevel=4,
+                f"{', …' if len(damaged) > 5 else '.'}"
             )
         return missing
 
