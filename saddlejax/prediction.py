@@ -80,7 +80,7 @@ class EscapePrediction(eqx.Module):
             texts.append(
                 "r ≤ 2: the end of the plateau counts as much as its length; expect errors of several per cent"
             )
-        texts.append("plain gradient descent on all samples, with a learning rate below 2/sharpness, follows the flow")
+        texts.append("the learning rate is small enough for gradient descent to follow the flow (below 2/sharpness)")
         return texts
 
     @property
