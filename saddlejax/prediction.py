@@ -42,7 +42,7 @@ class EscapePrediction(eqx.Module):
     - `status`: how the leading-order flow ended.
     - `gradient_evaluations`: what the prediction cost, on a problem without samples where the activation is smooth.
 
-    The rest are checks of what the prediction assumes; [`saddlejax.EscapePrediction.concerns`][] puts those that fail into
+    The rest are checks of what the prediction assumes; `concerns` puts those that fail into
     words. `g = ∇c(0, y)`, and `h` are the signals of the last hidden layer, with the activation's tangent in place of it.
 
     - `signal`: `‖E[g hᵀ]‖ / E[‖g‖ ‖h‖]` at the start. Where it is down at rounding the leading order of the loss vanishes.
@@ -97,8 +97,9 @@ class EscapePrediction(eqx.Module):
             )
         if self._has_no_signal:
             return [
-                f"The signal E[∇c(0, y) hᵀ] in the features h that reach the outputs vanishes to rounding ({self.signal:.1e} of "
-                "E[‖∇c(0, y)‖ ‖h‖]). The leading order of the loss, which this prediction follows, is then zero: the order of this "
+                "The signal E[∇c(0, y) hᵀ] in the last hidden features h, which is E[∇c(0, y) xᵀ] times weights for a smooth "
+                f"activation, vanishes to rounding ({self.signal:.1e} of E[‖∇c(0, y)‖ ‖h‖]). The leading order of the loss, which "
+                "this prediction follows, is then zero: the order of this "
                 f"saddle is higher than the number of small layers, {self.bottleneck}, its plateau is longer than "
                 "such a number would tell, and nothing is predicted. Measure it with saddlejax.gradient_flow."
             ]
