@@ -240,8 +240,8 @@ def predict_escape(
 
     Weights are small as long as the pre-activations are: centre and scale the inputs, each to a mean square of one. What
     is predicted is plain gradient descent on all samples. With momentum `m` it takes about `1 − m` times as many steps,
-    and a few times `1/(1 − m)` more; minibatches do the same as long as their noise is small; Adam and other methods that
-    rescale the gradient are not predicted, and have hardly any plateau.
+    and a few times `1/(1 − m)` more; minibatches take as many steps as all samples, as long as their noise is small; Adam
+    and other methods that rescale the gradient are not predicted, and have hardly any plateau.
 
     **Arguments:**
 
