@@ -80,13 +80,13 @@ assert abs(step / 2000 - 1) < 0.05
 # %% [markdown]
 # ## Other optimisers
 # Momentum 0.9 moves nearly ten times as fast along the plateau. Adam rescales the gradient and hardly waits: its steps cover the more
-# flow time the smaller the gradient is. Their flow times at the escape are those of gradient flow, about 1000, within 30 %.
+# flow time the smaller the gradient is, most of the plateau in the first few. Its outcome is that there was no plateau.
 
 # %%
 momentum = sj.gradient_descent(chosen, task, optax.sgd(rate, momentum=0.9), steps=1000)
 adam = sj.gradient_descent(chosen, task, optax.adam(1e-3), steps=1000)
 for name, run in (("momentum", momentum), ("Adam", adam)):
-    print(f"{name}: escape after {int(run.stats['escape_step'])} steps, flow time {float(run.escape_time):.4g}")
+    print(f"{name}: steepest after {int(run.stats['peak_step'])} steps; {sj.Status[run.status]}")
 
 # %%
 ax = sj.plot.quiet()

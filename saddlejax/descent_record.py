@@ -16,28 +16,58 @@ RISE = 0.01
 """The gradient norm counts as having risen, or fallen, once it has changed by this fraction."""
 
 
+LEAST_STEPS = 10
+EARLY_TIME = 0.75
+"""On a plateau of at least so many steps, the first half of them covers less than this share of its flow time."""
+
+
 class Peak(NamedTuple):
-    """The search for the first local maximum of a series: how low it was, how high since, and where."""
+    """The search for the first local maximum of a series: how low it was, how high since, at what step and time.
+
+    `half` is the time at half of that step, from two steps that are remembered with their times: `late` comes after at least
+    twice as many as `early`, and the present one before twice as many as `late`.
+    """
 
     low: Array
     high: Array
     step: Array
     time: Array
+    half: Array
     passed: Array
+    early: tuple[Array, Array]
+    late: tuple[Array, Array]
+
+    @classmethod
+    def start(cls, value: Array) -> "Peak":
+        """The search before the first step, from the first value."""
+        zero, unknown, start = jnp.zeros_like(value), jnp.full_like(value, jnp.nan), (jnp.asarray(0), value * 0)
+        return cls(value, zero, jnp.asarray(-1), unknown, unknown, jnp.asarray(False), start, start)
 
     def see(self, value: Array, step: Array, time: Array) -> "Peak":
         """The search after one more value of the series."""
+        doubled = step >= jnp.maximum(2 * self.late[0], 1)
+        early, late = jax.tree.map(
+            lambda new, old: jnp.where(doubled, new, old), (self.late, (step, time)), (self.early, self.late)
+        )
+        steps, times = (jnp.stack([*ends]).astype(time.dtype) for ends in zip(early, late, strict=True))
         low = jnp.minimum(self.low, value)
         rising = value > (1 + RISE) * low
         higher = ~self.passed & rising & (value > self.high)
-        passed = self.passed | (value < (1 - RISE) * self.high)
         return Peak(
-            jnp.where(self.passed, self.low, low),
-            jnp.where(higher, value, self.high),
-            jnp.where(higher, step, self.step),
-            jnp.where(higher, time, self.time),
-            passed,
+            low=jnp.where(self.passed, self.low, low),
+            high=jnp.where(higher, value, self.high),
+            step=jnp.where(higher, step, self.step),
+            time=jnp.where(higher, time, self.time),
+            half=jnp.where(higher, jnp.interp((step / 2).astype(time.dtype), steps, times), self.half),
+            passed=self.passed | (value < (1 - RISE) * self.high),
+            early=early,
+            late=late,
         )
+
+    @property
+    def after_plateau(self) -> Array:
+        """Whether the steps had to wait for the maximum, instead of covering most of the time within a few of them."""
+        return (self.half < EARLY_TIME * self.time) & (self.step >= LEAST_STEPS)
 
 
 class Seen(NamedTuple):

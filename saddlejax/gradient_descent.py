@@ -51,11 +51,16 @@ def gradient_descent(
     - `imbalance_residual` compares with `Σ_k η_k dΔ_l/dt`. For plain SGD every step adds
       `η² (‖∂𝓛/∂W_{l+1}‖² − ‖∂𝓛/∂W_l‖²)` to the difference: the error of discretisation alone. For other optimisers it
       is also their departure from the flow.
-    - The escape is the first local maximum of `‖∇𝓛‖` on all samples, a fall from the start not counting, nor changes
-      below one percent; looked for at every step if all samples are used, else at every row. Training goes on after it.
-      `status` is `escaped`, or `steps_taken` if there was none, or `non_finite`.
-    - `stats`: `steps`, `gradient_evaluations` (on minibatches too; a line search makes more, not counted), and
-      `escape_step`, −1 without an escape.
+    - The escape is the first local maximum of `‖∇𝓛‖` on all samples, as of a flow, if there was a plateau before it that
+      the optimiser had to wait on: the maximum comes after at least ten steps, and the first half of them covered less
+      than three quarters of the flow time until then. Steps of gradient descent cover half of it. Steps whose size does
+      not follow the gradient, as those of Adam and Muon, cover nearly all of it at once, where the gradient is small:
+      the flow would have waited on a plateau, and they do not. A fall from the start is no maximum, nor are changes below one
+      percent. Looked for at every step if all samples are used, else at every row. Training goes on after it.
+      `status` is `escaped`; `no_plateau` where the maximum has no plateau before it; `steps_taken` where there was no
+      maximum; `non_finite`.
+    - `stats`: `steps`, `gradient_evaluations` (on minibatches too; a line search makes more, not counted), `escape_step`,
+      −1 without an escape, and `peak_step`, that of the maximum with or without a plateau, −1 where there is none.
 
     **Raises:** `ValueError` for a network that does not fit the task, an optimiser that is not one, numbers out of
     range, minibatches without a key, and minibatches of a task with sample weights.
@@ -132,9 +137,8 @@ def _descend(
         return state, (taken, state.time, change, seen)
 
     first = look(net, task)
-    peak = Peak(first.gradient_norm, zero, jnp.asarray(-1), jnp.full_like(zero, jnp.nan), jnp.asarray(False))
     order = jnp.arange(task.samples)
-    start = _State(net, optimiser.init(net.weights), order, peak, zero, zero, zeros)
+    start = _State(net, optimiser.init(net.weights), order, Peak.start(first.gradient_norm), zero, zero, zeros)
     end, later = jax.lax.scan(interval, start, jnp.arange(rows))
 
     taken, times, changes, seen = jax.tree.map(
@@ -145,8 +149,10 @@ def _descend(
     drift = seen.imbalance - seen.imbalance[0] - predicted
     peak = end.peak
     finite = jnp.all(jnp.isfinite(seen.loss)) & jnp.all(jnp.isfinite(seen.layer_norms))
-    status = Status.where(peak.passed, Status.escaped, Status.steps_taken)
-    escaped = peak.passed & finite
+    escaped = peak.passed & peak.after_plateau & finite
+    status = Status.where(
+        peak.passed, Status.where(peak.after_plateau, Status.escaped, Status.no_plateau), Status.steps_taken
+    )
     return Flow(
         status=Status.where(finite, status, Status.non_finite),
         log_escape_time=jnp.where(escaped, jnp.log(peak.time), jnp.nan),
@@ -164,6 +170,7 @@ def _descend(
             "steps": jnp.asarray(steps),
             "gradient_evaluations": jnp.asarray(steps + rows + 1),
             "escape_step": jnp.where(escaped, peak.step, -1),
+            "peak_step": jnp.where(peak.passed & finite, peak.step, -1),
         },
         resolved=jnp.asarray(True),
         until=None,

@@ -52,7 +52,7 @@ class EscapePrediction(eqx.Module):
     - `status`: how the leading-order flow ended.
     - `gradient_evaluations`: what the prediction cost, on a problem without samples where the activation is smooth.
 
-    The rest are checks of what the prediction assumes; [`saddlejax.EscapePrediction.concerns`][] puts those that fail into
+    The rest are checks of what the prediction assumes; `concerns` puts those that fail into
     words. `g = ∇c(0, y)`, and `h` are the signals of the last hidden layer, with the activation's tangent in place of it.
 
     - `signal`: `‖E[g hᵀ]‖ / E[‖g‖ ‖h‖]` at the start. Where it is down at rounding the leading order of the loss vanishes.
@@ -90,7 +90,7 @@ class EscapePrediction(eqx.Module):
             texts.append(
                 "r ≤ 2: the end of the plateau counts as much as its length; expect errors of several per cent"
             )
-        texts.append("plain gradient descent on all samples, with a learning rate below 2/sharpness, follows the flow")
+        texts.append("the learning rate is small enough for gradient descent to follow the flow (below 2/sharpness)")
         return texts
 
     @property
@@ -107,8 +107,9 @@ class EscapePrediction(eqx.Module):
             )
         if self._has_no_signal:
             return [
-                f"The signal E[∇c(0, y) hᵀ] in the features h that reach the outputs vanishes to rounding ({self.signal:.1e} of "
-                "E[‖∇c(0, y)‖ ‖h‖]). The leading order of the loss, which this prediction follows, is then zero: the order of this "
+                "The signal E[∇c(0, y) hᵀ] in the last hidden features h, which is E[∇c(0, y) xᵀ] times weights for a smooth "
+                f"activation, vanishes to rounding ({self.signal:.1e} of E[‖∇c(0, y)‖ ‖h‖]). The leading order of the loss, which "
+                "this prediction follows, is then zero: the order of this "
                 f"saddle is higher than the number of small layers, {self.bottleneck}, its plateau is longer than "
                 "such a number would tell, and nothing is predicted. Measure it with saddlejax.gradient_flow."
             ]
@@ -250,8 +251,8 @@ def predict_escape(
 
     Weights are small as long as the pre-activations are: centre and scale the inputs, each to a mean square of one. What
     is predicted is plain gradient descent on all samples. With momentum `m` it takes about `1 − m` times as many steps,
-    and a few times `1/(1 − m)` more; minibatches do the same as long as their noise is small; Adam and other methods that
-    rescale the gradient are not predicted, and have hardly any plateau.
+    and a few times `1/(1 − m)` more; minibatches take as many steps as all samples, as long as their noise is small; Adam
+    and other methods that rescale the gradient are not predicted, and have hardly any plateau.
 
     **Arguments:**
 

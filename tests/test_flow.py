@@ -95,6 +95,9 @@ def test_a_failed_lane_leaves_the_others_alone():
     alone = sj.gradient_flow(sj.scale_layers(net, 1e-3), task, HALF, save=SMALL)
     np.testing.assert_allclose(flow.log_escape_time[2], alone.log_escape_time, rtol=1e-8)
     assert "non-finite" in str(flow)
+    # The flows end at half of the loss; the share lost is that of the lanes one by one.
+    np.testing.assert_allclose(flow.loss_drop[jnp.array([0, 2])], 0.5, atol=1e-3)
+    np.testing.assert_allclose(flow.loss_drop[2], alone.loss_drop, rtol=1e-9)
 
 
 def test_steepest_point_comes_with_a_hessian_product_a_step_and_a_threshold_without():

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import saddlejax as sj
@@ -101,6 +102,41 @@ def test_escape_in_closed_form():
     assert record.log_escape_time == pytest.approx(np.log(expected), abs=1e-3)
     assert record.stats["escape_step"] == pytest.approx(expected / 1e-3, rel=1e-3)
     assert sj.gradient_descent(net, task, optax.sgd(1e-3), 3000).status == sj.Status.steps_taken
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-4])
+def test_optimisers_that_do_not_wait_leave_no_plateau(scale):
+    # Modes 5, 2, 1, ½ of a linear teacher. Under Muon singular values grow by the learning rate a step, whatever the
+    # gradient: mode k is done after about √s_k/η steps, and nothing depends on the scale. The flow waits like log 1/ε.
+    task, rate = sj.tasks.linear_teacher([5.0, 2.0, 1.0, 0.5], in_size=8), 0.01
+    net = sj.scale_layers(sj.MLP([8, 8, 4], "identity", key=jax.random.key(0)), scale)
+    muon = sj.gradient_descent(net, task, optax.contrib.muon(rate), 600)
+    assert muon.status == sj.Status.no_plateau
+    assert muon.stats["escape_step"] == -1 and np.isnan(muon.escape_time)
+    # ‖∇𝓛‖ is largest while the first modes are being learned.
+    assert np.sqrt(0.5) / rate < muon.stats["peak_step"] < np.sqrt(5) / rate
+    assert muon.losses[-1] < 0.01 * muon.losses[0]
+    adam = sj.gradient_descent(net, task, optax.adam(rate), 600)
+    assert adam.status == sj.Status.no_plateau and adam.stats["peak_step"] > 0
+    flow = sj.gradient_flow(net, task, save=sj.Save(steps=False, singular_values=False))
+    plain = sj.gradient_descent(net, task, optax.sgd(0.02), 600)
+    assert plain.status == sj.Status.escaped
+    assert plain.escape_time == pytest.approx(float(flow.escape_time), rel=0.1)
+    assert plain.stats["peak_step"] == plain.stats["escape_step"]
+
+
+@pytest.mark.parametrize(("momentum", "batch_size"), [(0.9, None), (None, 10)])
+def test_optimisers_that_wait_do(momentum, batch_size):
+    small = sj.scale_layers(NET, 0.1)
+    optimiser = optax.sgd(0.01, momentum=momentum)
+    key = None if batch_size is None else jax.random.key(0)
+    run = sj.gradient_descent(small, TASK, optimiser, 5000, every=10, batch_size=batch_size, key=key)
+    flow = sj.gradient_flow(small, TASK, save=sj.Save(steps=False, singular_values=False))
+    steps = float(flow.escape_time) / 0.01 * (1 - (momentum or 0))
+    assert run.status == sj.Status.escaped
+    # Momentum starts, and ends, by a few times 1/(1 − m) steps later.
+    late = 80 if momentum else 0
+    assert abs(float(run.stats["escape_step"]) - steps - late / 2) < 0.1 * steps + late / 2
 
 
 def test_a_gradient_that_only_falls_is_no_escape():

@@ -284,7 +284,7 @@ def test_predictions_under_transformations():
         for one in (jitted(sj.scale_layers(net, scales[lane])), jax.tree.map(lambda a, i=lane: a[i], together)):
             for name in ("log_time", "steps", "speed", "drop", "signal", "gradient_error", "largest_learning_rate"):
                 assert float(getattr(one, name)) == pytest.approx(float(getattr(expected, name)), rel=1e-6), name
-            assert one.status == sj.Status.escaped and str(one) == str(expected)
+            assert one.status == sj.Status.escaped and "assuming that" in str(one)
     assert "shape (2,)" in str(together)
     with pytest.raises(ValueError, match="layers must be given where the weights are traced"):
         jax.jit(lambda net: sj.predict_escape(net, task))(net)

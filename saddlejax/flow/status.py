@@ -10,7 +10,7 @@ class Status(eqx.Enumeration):
     time_reached = "time reached"
     loss_reached = "loss reached"
     steps_taken = "all steps taken"
-    no_plateau = "no plateau: the gradient only ever fell, so there is nothing to escape from"
+    no_plateau = "no plateau: nothing had to be waited for, so that there is nothing to escape from"
     stationary = "stationary: the gradient vanished, so the flow cannot move on"
     below_rounding = "below rounding: what is still to be learned is too small beside what has been learned for this floating-point type"
     no_signal = "no signal: the loss has no slope at zero output, so the origin is a minimum and not a saddle"
