@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _check
@@ -261,11 +262,20 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
 
     **Returns:** a new network; `net` is unchanged.
 
-    **Raises:** `ValueError` for scales that are not positive, unknown or repeated layers.
+    **Raises:** `ValueError` for scales that are not positive, or below the smallest number of the weights' type (1e-38 in
+    single precision), which would make them zero; for unknown or repeated layers.
     """
     check_type(net)
     _check.positive_number("scale", scale, "An init scale multiplies the weights; use a small positive one.")
     chosen = _check.layer_indices(layers, net.depth)
+    least = float(jnp.finfo(jnp.result_type(*net.weights)).tiny)
+    if _check.is_concrete(scale) and np.any(np.asarray(scale, float) < least):
+        raise _check.fail(
+            "scale",
+            f"be at least {least:.2g}, the smallest number of the weights' type",
+            scale,
+            "Smaller ones would make the weights zero. Use a larger scale or weights in double precision.",
+        )
     scales = jnp.asarray(scale)
     if scales.ndim > 1 or (scales.ndim == 1 and scales.shape != (len(chosen),)):
         raise _check.fail(
