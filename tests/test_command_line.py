@@ -138,6 +138,7 @@ def test_errors_known_at_once_come_before_a_progress_bar(tmp_path, monkeypatch):
         (("escape", "--activation", "rello"), "activation must be one of"),
         (("escape", "--bottleneck", "9"), "bottleneck must be at most the depth"),
         (("escape", "--scale=-1"), "scale must be positive"),
+        (("escape", "--depth", "3", "--scale=-1"), "--scale must be positive"),  # and not: bottleneck
         (("escape", "--samples", "5000"), "at most 1797"),
         (("direction", "--activation", "sigmoid", "--depth", "2"), "σ(0)"),
         (("staircase", "--layer", "9"), "--layer must hold indices between 0 and 3"),

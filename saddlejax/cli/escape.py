@@ -39,7 +39,8 @@ def escape(
         list[str] | None, typer.Option(help="Activation; repeat for several.  [default: tanh, relu]")
     ] = None,
     bottleneck: Annotated[
-        list[int] | None, typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4]")
+        list[int] | None,
+        typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4, up to the depth]"),
     ] = None,
     scale: Annotated[
         list[float] | None,
@@ -67,7 +68,7 @@ def escape(
       saddlejax escape --data path/to/mnist --samples 2000 --width 50
     """
     activations = ["tanh", "relu"] if activation is None else activation
-    bottlenecks = [2, 3, 4] if bottleneck is None else bottleneck
+    bottlenecks = [r for r in (2, 3, 4) if r <= depth] if bottleneck is None else bottleneck
     scales = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5] if scale is None else scale
     lanes = len(activations) * len(bottlenecks) * len(scales) * seeds
     latest: list[xr.Dataset] = []
