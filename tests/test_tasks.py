@@ -82,6 +82,54 @@ def test_missing_or_damaged_mnist_files_are_named(tmp_path, mnist_arrays):
         sj.tasks.mnist(tmp_path, samples=13)
 
 
+def test_labels_that_are_no_classes_are_refused(tmp_path, mnist_arrays):
+    images, labels = mnist_arrays
+    for wrong, words in (
+        (labels + 0.5, "whole numbers from 0 to 9, but 12 were not"),
+        (labels * 0.0 - 1, "12 were not: -1"),
+        (labels * 0.0 + 10, "12 were not: 10"),
+        (np.eye(10)[labels], r"of shape \(12, 10\)"),
+    ):
+        np.savez(tmp_path / "wrong.npz", x_train=images, y_train=wrong)
+        with pytest.raises(ValueError, match=f"^source: .*{words}"):
+            sj.tasks.mnist(tmp_path / "wrong.npz")
+    np.savez(tmp_path / "whole.npz", x_train=images, y_train=labels.astype(float))
+    np.testing.assert_array_equal(
+        sj.tasks.mnist(tmp_path / "whole.npz").x, sj.tasks.load(str(tmp_path / "whole.npz")).x
+    )
+
+
+def test_a_file_of_ones_own_is_classes_or_a_regression(tmp_path):
+    from sklearn.datasets import load_digits
+
+    path, raw = tmp_path / "own.npz", load_digits()
+    np.savez(path, x=raw.data, y=raw.target)
+    own, digits = sj.tasks.load(str(path)), sj.tasks.digits()
+    np.testing.assert_array_equal(own.x, digits.x)
+    np.testing.assert_array_equal(own.y, digits.y)
+    x, y = np.arange(12.0).reshape(4, 3), np.array([0.5, -1.0, 2.0, 0.0])
+    for targets in (y, y[:, None], np.stack([y, y], axis=1).astype(np.float32), (2 * y[:, None]).astype(int)):
+        np.savez(path, x=x, y=targets)
+        task = sj.tasks.load(str(path), 3)
+        np.testing.assert_array_equal(task.x, x[:3])
+        np.testing.assert_array_equal(task.y, targets.reshape(4, -1)[:3])
+        assert task.loss is sj.mse
+    for arrays, words in (
+        ({"x": x}, "data: .* must hold y, or x_train and y_train, but it holds"),
+        ({"x": x, "y": y[:3]}, "data: .* as many rows of y as of x"),
+        ({"x": x, "y": np.array(list("abcd"))}, "data: .* must hold real numbers, but y"),
+        ({"x": x, "y": np.array([0, 1, -1, 0])}, "data: .* whole numbers from 0, but 1 were not: -1"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=words):
+            sj.tasks.load(str(path))
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"data: .* is not a whole \.npz file"):
+        sj.tasks.load(str(path))
+    with pytest.raises(FileNotFoundError, match="data: no file"):
+        sj.tasks.load("nowhere.npz")
+
+
 def test_linear_teacher_is_whitened_with_known_plateaus():
     task = sj.tasks.linear_teacher([4.0, 2.0, 1.0, 0.5], in_size=8)
     np.testing.assert_allclose(task.x.T @ task.x / task.samples, np.eye(8), atol=1e-10)

@@ -67,8 +67,8 @@ def direction(
     def report(finished: bool) -> None:
         if not finished:
             rest = " ".join(f"--depth {one}" for one in depths[len(found) :])
-            again = f" For the rest call it with {rest} and another --out." if found else ""
-            console.print(f"stopped: {len(found)} of {len(depths)} depths are finished and kept.{again}")
+            kept = f"{len(found)} of {len(depths)} depths are finished and kept; for the others: {rest}, another --out."
+            console.print(f"stopped: {kept if found else 'nothing was finished.'}")
         if not found:
             return
         keep(finished)
@@ -82,5 +82,5 @@ def direction(
     complete(context, work, report)
     unknown = [str(best.depth) for best in found if not best.optima]
     if unknown:
-        console.print(f"No start became stationary at depth {', '.join(unknown)}: the speed there is no optimum.")
+        console.print(f"No optimum was found at depth {', '.join(unknown)}: what stands there is no optimal direction.")
         raise typer.Exit(NOT_REACHED)

@@ -26,7 +26,11 @@ ESCAPED = Status[Status.escaped]
 def escape(
     context: typer.Context,
     data: Annotated[
-        str, typer.Option(help="'digits', 'openml' for MNIST by download, or a folder or .npz file with MNIST.")
+        str,
+        typer.Option(
+            help="'digits'; 'openml' for MNIST by download; a folder or .npz file with MNIST; or an .npz file with arrays "
+            "x and y: real y for regression, integer y for classes."
+        ),
     ] = "digits",
     samples: Annotated[int | None, typer.Option(min=1, help="Use the first so many samples; by default all.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 24,
@@ -35,7 +39,8 @@ def escape(
         list[str] | None, typer.Option(help="Activation; repeat for several.  [default: tanh, relu]")
     ] = None,
     bottleneck: Annotated[
-        list[int] | None, typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4]")
+        list[int] | None,
+        typer.Option(help="Number r of small layers; repeat for several.  [default: 2, 3, 4, up to the depth]"),
     ] = None,
     scale: Annotated[
         list[float] | None,
@@ -63,7 +68,7 @@ def escape(
       saddlejax escape --data path/to/mnist --samples 2000 --width 50
     """
     activations = ["tanh", "relu"] if activation is None else activation
-    bottlenecks = [2, 3, 4] if bottleneck is None else bottleneck
+    bottlenecks = [r for r in (2, 3, 4) if r <= depth] if bottleneck is None else bottleneck
     scales = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5] if scale is None else scale
     lanes = len(activations) * len(bottlenecks) * len(scales) * seeds
     latest: list[xr.Dataset] = []
@@ -99,10 +104,8 @@ def escape(
 
     def report(finished: bool) -> None:
         if not finished:
-            console.print(
-                f"stopped: {computed()} of {lanes} networks are finished and kept. The same command begins anew; "
-                "saddlejax sweep keeps a store and goes on."
-            )
+            kept = f"{computed()} of {lanes} networks are finished and kept" if computed() else "nothing was finished"
+            console.print(f"stopped: {kept}. The same command begins anew; saddlejax sweep keeps a store and goes on.")
         if computed() == 0:
             return
         results = latest[0]
@@ -195,8 +198,6 @@ def _figure(results: xr.Dataset, path: Path) -> None:
     for column, name in enumerate(names):
         plot.escape_times(results, axes[0, column], activation=name).set_xlabel("")
         plot.exponents(results, axes[1, column], activation=name)
-        # The axes share their scale: inverting it once for each of them would undo it.
-        axes[0, column].set_xlim(float(results.scale.max()) * 1.6, float(results.scale.min()) / 1.6)
         if column > 0:
             axes[0, column].set_ylabel("")
             axes[1, column].set_ylabel("")

@@ -106,8 +106,8 @@ def staircase(
 
     def report(finished: bool) -> None:
         if not finished:
-            left = "The flow is finished and kept; what else was asked for is not." if kept else "Nothing is finished."
-            console.print(f"stopped: {left} The same command begins anew.")
+            left = "the flow is finished and kept, not all of what follows it" if kept else "nothing was finished"
+            console.print(f"stopped: {left}. The same command begins anew.")
         if not kept:
             return
         flow, found = kept[0]

@@ -21,6 +21,7 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
     ax = quiet(ax)
     results = _of_activation(results, activation)
     scale = results.scale.values
+    _scale_axis(ax, scale)
     for i, (label, r, times) in enumerate(_curves(results, "log_escape_time")):
         logs = times.transpose("scale", "seed").values / np.log(10)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -37,8 +38,6 @@ def escape_times(results: xr.Dataset, ax: Axes | None = None, *, activation: str
         **DASHES,
         label=r"law: $\varepsilon^{-(r-2)}$, or $\log 1/\varepsilon$",
     )
-    ax.set_xscale("log")
-    ax.invert_xaxis()
     ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
     ax.set_ylabel(r"escape time $\log_{10}\tau$  (steps × learning rate)")
     ax.set_title(str(results.activation.values))
@@ -59,6 +58,7 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
     ax = quiet(ax)
     results = _with_exponents(_of_activation(results, activation))
     scale = results.scale.values
+    _scale_axis(ax, scale)
     for i, (label, r, exponent) in enumerate(_curves(results, "exponent")):
         values = exponent.transpose("scale", "seed").values
         known = np.isfinite(values).any(axis=1)
@@ -80,8 +80,6 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
                 label=label,
             )
         ax.axhline(max(int(r) - 2, 0), **DASHES, zorder=1)
-    ax.set_xscale("log")
-    ax.invert_xaxis()
     ax.set_xlabel(r"init scale $\varepsilon$ of the $r$ bottleneck layers")
     ax.set_ylabel(r"$-\mathrm{d}\log\tau/\mathrm{d}\log\varepsilon$")
     return ax
@@ -97,19 +95,24 @@ def collapse(results: xr.Dataset, axes: Sequence[Axes] | None = None) -> Sequenc
     named = ((axes[0], "log_escape_time", r"\tau"), (axes[1], "log_collapsed_time", r"\alpha^{L-1}\,\tau"))
     for ax, variable, symbol in named:
         quiet(ax)
+        _scale_axis(ax, results.scale.values)
         for i, name in enumerate(results.activation.values):
             times = results[variable].sel(activation=name) / np.log(10)
             style = ("-", "--", ":")[i // len(COLOURS) % 3]
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             ax.plot(results.scale, times, style, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
-        ax.set_xscale("log")
-        ax.set_xlim(float(results.scale.max()) * 1.6, float(results.scale.min()) / 1.6)
         ax.set_xlabel(r"init scale $\varepsilon$")
         ax.set_ylabel(rf"$\log_{{10}}\,{symbol}$")
     axes[0].set_title("raw")
     axes[1].set_title("collapsed")
     axes[1].legend(frameon=False, fontsize="small", ncols=2)
     return axes
+
+
+def _scale_axis(ax: Axes, scale: np.ndarray) -> None:
+    """Small scales on the right. The limits are set first: one scale alone gives Matplotlib none that it can draw."""
+    ax.set_xscale("log")
+    ax.set_xlim(float(np.max(scale)) * 1.6, float(np.min(scale)) / 1.6)
 
 
 def _of_activation(results: xr.Dataset, activation: str | None) -> xr.Dataset:

@@ -74,7 +74,9 @@ def directions_table(directions: Sequence[EscapeDirection]) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, title="Optimal escape directions", title_justify="left", pad_edge=False)
+    table = Table(
+        box=SIMPLE_HEAD, title="Optimal escape directions", title_justify="left", pad_edge=False, collapse_padding=True
+    )
     for column in ("L", "speed", "rank one", "bound", "residual", "kinks", "margin", "optima"):
         table.add_column(column, justify="right", no_wrap=True)
     for best in directions:
@@ -83,15 +85,15 @@ def directions_table(directions: Sequence[EscapeDirection]) -> "Table":
             str(best.depth),
             f"{kept['speed']:.9f}",
             f"{kept['rank_one_speed']:.9f}",
-            f"{kept['upper_bound']:.6f}",
+            f"{kept['upper_bound']:.9f}",
             f"{kept['residual']:.0e}" if kept["speed"] > 0 else "–",
             str(kept["kinks"]),
             _margin(min(kept["low_rank_margin"])) if kept["speed"] > 0 else "–",
             str(len(kept["optima"])),
         )
     table.caption = (
-        "bound: no speed can exceed it. residual: of stationarity, relative to the speed. kinks: (sample, neuron) pairs\n"
-        "on a kink. margin: least (σ1/σ2)/l^¼ over the layers. optima: distinct local optima that the starts found.\n"
+        "bound: no speed can exceed it. residual: of stationarity, relative to the speed. kinks: (sample, neuron) pairs "
+        "on a kink. margin: least (σ1/σ2)/l^¼ over the layers. optima: distinct local optima that the starts found. "
         "A speed of zero is no escape direction: the leading order of the loss falls in none that was found."
     )
     table.caption_justify = "left"

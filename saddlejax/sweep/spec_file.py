@@ -26,7 +26,8 @@ def read_specification(path: str | Path) -> tuple[Task, dict[str, Any]]:
 
     Tables and keys (all but `grid.width` and `grid.depth` may be left out):
 
-    - `[task]`: `data`, "digits" (the default), "openml" or a path with MNIST; `samples`, the first so many.
+    - `[task]`: `data`, "digits" (the default), "openml", a path with MNIST, or an `.npz` file with `x` and
+      `y` (see [`saddlejax.tasks.load`][]); `samples`, the first so many.
     - `[grid]`: `width`, `depth`, `activation`, `bottleneck` ("all", a number, or a list of these), `scale`, `seed`, each a
       value or a list; also `scale = {from = 1e-1, to = 1e-5, count = 9}`, spaced geometrically, and `seed = {count = 32}`.
     - `[flow]`: `until`, "escape", `{loss_fraction = 0.5}`, `{time = 1e7}` or `{loss = 0.01}`; `rtol`, `dtype`, `max_steps`.
