@@ -165,7 +165,7 @@ def test_safe_norm_survives_where_squares_do_not():
 def test_scales_that_would_make_the_weights_zero_are_refused():
     net = sj.MLP([3, 4, 1], "tanh", key=jax.random.key(0), dtype="float32")
     for scale in (1e-38, 1e-50, [1e-3, 1e-40]):
-        with pytest.raises(ValueError, match="scale must be at least 1.2e-38"):
+        with pytest.raises(ValueError, match=r"scale must be at least 1\.2e-38"):
             sj.scale_layers(net, scale, layers=None if isinstance(scale, float) else (0, 1))
     task = sj.Task(jnp.ones((4, 3), "float32"), jnp.ones((4, 1), "float32"))
     assert sj.gradient_flow(sj.scale_layers(net, 2e-38), task).status == sj.Status.underflow
