@@ -38,8 +38,8 @@ def critical_exponent(
 
     **Returns:** a scalar; NaN where the flow did not escape.
 
-    **Raises:** `ValueError` as the flow does, for unknown layers, and for none where it is not clear which are small. Which layers are meant is a value: other layers,
-    scales, seeds or data of the same shapes compile nothing anew.
+    **Raises:** `ValueError` as the flow does, for unknown layers, and where none are named and it is not clear which ones
+    are small. Other layers, scales, seeds or data of the same shapes compile nothing anew.
     """
     check_fits(net, task)
     until = Escape() if until is None else until

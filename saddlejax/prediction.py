@@ -20,6 +20,7 @@ from .networks import (
     AbstractNetwork,
     AbstractNetworkOfParts,
     Weights,
+    cast,
     layer_norms,
     preactivations,
     predict,
@@ -289,7 +290,7 @@ def predict_escape(
 
 def in_double(net: AbstractNetwork, task: Task) -> tuple[AbstractNetwork, Task]:
     """Network and task in double precision, which has to be switched on."""
-    return net.with_weights([w.astype(jnp.float64) for w in net.weights]), task.astype(jnp.float64)
+    return cast(net, jnp.float64), task.astype(jnp.float64)
 
 
 def _predict(

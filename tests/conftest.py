@@ -10,8 +10,11 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the programs that tests stop
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # would inherit it, and never hear Ctrl-C
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are as many as the cores
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # and share the memory of a GPU
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"

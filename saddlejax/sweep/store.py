@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from .. import _check
 from .describe import FORMAT, differences, versions
 from .grid import Block, size
 from .problem import FAILED, AbstractProblem, fill_value
