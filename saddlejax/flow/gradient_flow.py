@@ -15,7 +15,7 @@ from .._threads import one_blas_thread
 from ..activation_classes import classify_activation, slope_jumps, value_at_zero
 from ..networks import AbstractNetwork
 from ..tasks.task import Task, check_fits, match_precision
-from .integrate import LEAST_ERROR, Integration, integrate
+from .integrate import Integration, integrate, smallest_share
 from .method import AbstractMethod, Explicit, Exponential
 from .record import Save
 from .result import Flow, trim
@@ -190,7 +190,7 @@ def _warn_where_rounding_matters(flow: Flow, end: Integration) -> None:
             f"small beside what has been learned. {remedy}"
         )
     if bool(end.cancels):
-        smallest = LEAST_ERROR * float(jnp.finfo(dtype).eps) / float(flow.rtol)
+        smallest = float(smallest_share(flow.rtol))
         _check.warn(
             "The flow passed close to a saddle on a path on which the layers cancel to less than "
             f"{smallest:.1g} of themselves, which {dtype} cannot resolve at this rtol: when it left is not known. "

@@ -30,7 +30,12 @@ NO_PLATEAU_LOSS = 0.5
 STILL_ON_PLATEAU = 1e-3
 LOSS_ROUNDING = 100
 UNDERFLOW_MARGIN = 1e4
-LEAST_ERROR = 30
+LEAST_ERROR, LARGEST_SHARE = 30, 0.1
+
+
+def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
+    """The smallest part of the weights for which an error of `rtol` beside it stays above the rounding of the whole."""
+    return jnp.minimum(LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol, LARGEST_SHARE)
 
 
 class Resolution(eqx.Module):
@@ -140,7 +145,7 @@ def _integrate(
     first_gradient = field.log_gradient_norm(state, rate)
     no_signal = _has_no_signal(task)
     dormant = Dormant.of(state.coordinates)
-    least_share = LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol
+    least_share = smallest_share(rtol)
     longest_step = math.inf if until.asks_for_escape else method.longest_step
 
     def resolve(before: Resolution, state: FlowState, rate: FlowState) -> tuple[Resolution, Array]:
@@ -179,7 +184,7 @@ def _integrate(
         condition = until.condition(field, after, new_rate)
         ended = accepted & (p.condition < 0) & (condition >= 0)
         resolution, is_rounding = resolve(p.resolution, after, new_rate)
-        stalled = accepted & ((new_rate.time == 0) | attempt.settled | (is_rounding & method.differentiable))
+        stalled = accepted & ((new_rate.time == 0) | attempt.settled | (is_rounding & (not method.knows_rest)))
         flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
         no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
         stuck = ~accepted & (step.size < SMALLEST_STEP * jnp.minimum(step.last_size, 1))

@@ -180,7 +180,7 @@ class KrylovProblem:
 
         def advance(grown: Lanczos) -> Lanczos:
             grown = jax.lax.fori_loop(0, every, lambda _, g: self._extend(g), grown)
-            # The coupling to the vector to come is no part of the projected matrix.
+            # The coefficient that couples the last vector to the next one is not part of the projected matrix.
             coupling = jnp.where(jnp.arange(size - 1) + 1 < grown.used, grown.beside[:-1], 0)
             projected = jnp.diag(grown.diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
             finite = jnp.all(jnp.isfinite(projected))  # elsewhere the eigenvalues of NaN would be asked for

@@ -68,6 +68,9 @@ class AbstractMethod(eqx.Module):
     differentiable: eqx.AbstractClassVar[bool]
     """Whether derivatives go through a step."""
 
+    knows_rest: eqx.AbstractClassVar[bool]
+    """Whether an attempt tells where nothing but rounding moves the weights any more."""
+
     end_tolerance: eqx.AbstractClassVar[float]
     """How well the end is located within its step, in units of the tolerance."""
 
@@ -115,6 +118,7 @@ class Explicit(AbstractMethod):
     solver: dfx.AbstractERK
     largest_growth: ClassVar[float] = 1.5
     longest_step: ClassVar[float] = 0.5
+    knows_rest: ClassVar[bool] = False
     end_tolerance: ClassVar[float] = 1e-2
     differentiable: ClassVar[bool] = True
 
@@ -195,6 +199,7 @@ class Exponential(AbstractMethod):
     conserves_imbalance: bool = eqx.field(static=True)
     largest_growth: ClassVar[float] = 3.0
     longest_step: ClassVar[float] = math.inf
+    knows_rest: ClassVar[bool] = True
     end_tolerance: ClassVar[float] = 1e-4
     differentiable: ClassVar[bool] = False
 
