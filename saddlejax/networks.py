@@ -102,7 +102,10 @@ class MLP(AbstractNetworkOfParts):
         dtype = jnp.result_type(float) if dtype is None else dtype
         _check.float_type("dtype", dtype)
         self.activation_parts = ActivationParts(activation)
-        keys = jax.random.split(key, len(sizes) - 1)
+        try:
+            keys = jax.random.split(key, len(sizes) - 1)
+        except TypeError:
+            raise _check.fail("key", "be a JAX random key such as jax.random.key(0)", repr(key)) from None
         shapes = zip(sizes[1:], sizes[:-1], strict=True)
         self.weights = tuple(he_normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
 

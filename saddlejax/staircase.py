@@ -100,7 +100,8 @@ class Plateaus(eqx.Module):
                 f"{low if low == high else f'{low} to {high}'}"
             )
             if p.log_end_error is not None:
-                lines.append(f"    end moved by {p.log_end_error:+.1e} in log t at the other tolerance")
+                moved = f"{p.log_end_error:+.1e} later, in log t," if np.isfinite(p.log_end_error) else "not reached"
+                lines.append(f"    half of the descent that follows: {moved} at the other tolerance")
             if p.saddle is not None:
                 lines.append(f"    {p.saddle}")
         if self.known_roughly:
@@ -173,7 +174,7 @@ def plateaus(
     _check.positive_number("rank_tolerance", rank_tolerance)
 
     known = np.flatnonzero(np.isfinite(np.asarray(flow.losses)))
-    log_times = np.asarray(flow.log_times, float)[known]
+    log_times, losses = np.asarray(flow.log_times, float)[known], np.asarray(flow.losses, float)[known]
     log_gradients, rounding = _log_gradients(flow, known)
     slopes = 2 * np.maximum(log_gradients, rounding)
     spectra = [np.asarray(values)[known] for values in flow.singular_values]
@@ -181,10 +182,10 @@ def plateaus(
     if task is not None and flow.weights is not None:
         scale = _jacobians(_at(flow, known[-1]), task)[:, 0].max()
     bottoms, heights = _bottoms(slopes)
-    bottoms, heights = _left_for_good(bottoms, heights, log_times, np.asarray(flow.losses)[known], slopes)
+    bottoms, heights = _left_for_good(bottoms, heights, log_times, losses, slopes)
     stretches = itertools.pairwise([*bottoms, len(known)])
     escapes = [_steepest(log_times, slopes, first, last) for first, last in stretches]
-    ends = [_end(flow, log_times, escape) for escape in escapes]
+    ends = [_end(flow, log_times, slopes, losses, escape) for escape in escapes]
     at_rest = _rest(flow, log_gradients <= rounding)
     if at_rest is not None and (not bottoms or np.isfinite(ends[-1])):
         heights.append(float(np.max(slopes[(bottoms or [0])[-1] :]) - slopes[at_rest]))
@@ -203,7 +204,7 @@ def plateaus(
             lowest = int((_jacobians(_at(flow, row), task) > rank_tolerance * scale).sum(axis=1).max())
         found.append(
             Plateau(
-                log_start=float(log_times[escapes[i - 1]]) if i else -np.inf,
+                log_start=ends[i - 1] if i else -np.inf,
                 log_end=ends[i],
                 log_time=float(log_times[bottom]),
                 row=row,
@@ -316,10 +317,32 @@ def crossing_log_time(flow: Flow, level: float) -> float:
     return unit + float(np.log(roots[0] if roots else times[1]))
 
 
-def _end(flow: Flow, log_times: np.ndarray, escape: int) -> float:
+def _end(flow: Flow, log_times: np.ndarray, slopes: np.ndarray, losses: np.ndarray, escape: int) -> float:
     """When a plateau ended; infinite where the flow was still speeding up at its end."""
-    unseen = escape == len(log_times) - 1 and not bool(flow.status == Status.escaped)
-    return np.inf if unseen else float(log_times[escape])
+    if escape == len(log_times) - 1:
+        return float(log_times[escape]) if bool(flow.status == Status.escaped) else np.inf
+    return _log_time_of_steepest(log_times, slopes, losses, escape)
+
+
+def _log_time_of_steepest(log_times: np.ndarray, slopes: np.ndarray, losses: np.ndarray, row: int) -> float:
+    """`log t` of the largest `t‖∇𝓛‖²` next to a row.
+
+    Between two rows `‖∇𝓛‖²` is taken for the quadratic polynomial in `t` with its values there and the integral that is the
+    loss lost, since `d𝓛/dt = −‖∇𝓛‖²`.
+    """
+    x = np.linspace(0, 1, 401)
+    best, found = log_times[row] + slopes[row], log_times[row]
+    for first in (max(row - 1, 0), row):
+        unit = log_times[first + 1]  # of time, which may overflow
+        begin = np.exp(log_times[first] - unit)
+        t = begin + (1 - begin) * x
+        ends = np.exp(slopes[first : first + 2] + unit)
+        bend = 6 * ((losses[first] - losses[first + 1]) / (1 - begin) - ends.mean()) if begin < 1 else 0.0
+        heights = t * (ends[0] * (1 - x) + ends[1] * x + bend * x * (1 - x))
+        top = int(np.argmax(heights))
+        if heights[top] > np.exp(best):
+            best, found = np.log(heights[top]), unit + np.log(t[top])
+    return float(found)
 
 
 def _at(flow: Flow, row: int) -> AbstractNetwork:

@@ -47,6 +47,20 @@ def test_modes_that_start_far_below_the_learned_ones_are_learned_in_time(strengt
     np.testing.assert_allclose(found, exact, rtol=2e-3)
 
 
+def test_ends_of_plateaus_lie_between_the_rows():
+    # At the largest t‖∇L‖² of the exact solution, ‖∇L‖² = −dL/dt.
+    def descent(t: np.ndarray) -> np.ndarray:
+        modes = STRENGTHS / (1 + (STRENGTHS / 1e-10 - 1) * np.exp(-2 * STRENGTHS * t[:, None]))
+        return t * np.sum((STRENGTHS - modes) * 2 * modes * (STRENGTHS - modes), axis=1)
+
+    _, crossings = exact_crossings(1e-10)
+    near = [np.linspace(0.7 * t, 1.3 * t, 100_001) for t in crossings]
+    exact = [t[np.argmax(descent(t))] for t in near]
+    for stiff in (False, True):
+        flow = sj.gradient_flow(decoupled(1e-10), DECOUPLED, sj.Loss(1e-3), stiff=stiff)
+        np.testing.assert_allclose([p.end for p in flow.plateaus()], exact, rtol=5e-3)
+
+
 def test_modes_in_a_rotated_basis_until_rounding_and_a_word_from_there_on():
     # Every entry of a layer mixes all modes. The times are linear in log 1/ε, with slopes 1/s.
     rotate = lambda n, seed: np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]  # noqa: E731

@@ -22,6 +22,7 @@ from ..staircase import Plateaus
 from ..tasks.task import zero_loss
 from .app import NOT_REACHED, app, complete, console, write_numbers
 
+SAMPLES = 200
 CHECK = 3.0
 
 
@@ -34,7 +35,9 @@ def staircase(
     data: Annotated[
         str, typer.Option(help="'teacher', a linear map with singular values 4, 2, 1, ½, or as for saddlejax escape.")
     ] = "teacher",
-    samples: Annotated[int, typer.Option(min=1, help="Use the first so many samples of the data.")] = 200,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many samples of the data; by default at most 200.")
+    ] = None,
     width: Annotated[int, typer.Option(min=1, help="Size of the hidden layers.")] = 10,
     depth: Annotated[int, typer.Option(min=2, help="Number L of weight matrices.")] = 4,
     scale: Annotated[float, typer.Option(help="Init scale ε of all layers.")] = 1e-3,
@@ -75,6 +78,8 @@ def staircase(
             task = tasks.linear_teacher([4.0, 2.0, 1.0, 0.5], in_size=10)
         else:
             task = tasks.load(data, samples)
+            if samples is None and task.samples > SAMPLES:
+                task = tasks.load(data, SAMPLES)
         layer_indices(layer, depth)
         net = MLP([task.in_size, *[width] * (depth - 1), task.out_size], activation, key=jax.random.key(seed))
         net = scale_layers(net, scale)

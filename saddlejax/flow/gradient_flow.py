@@ -167,7 +167,7 @@ def _flow(end: Integration, until: AbstractUntil, rtol: Array, method: str) -> F
             "gradient_evaluations": end.gradient_evaluations,
             "hessian_vector_products": end.hessian_vector_products,
         },
-        resolved=~(end.dormant_lost | end.cancels),
+        resolved=~(end.dormant_lost | end.cancels | (end.status == Status.below_rounding)),
         until=until,
         rtol=rtol,
         method=method,

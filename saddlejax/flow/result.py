@@ -179,7 +179,12 @@ def _summary(flow: Flow) -> str:
 
 
 def _drop_at_escape(flow: Flow) -> float:
-    """At least the share of the loss that is lost at the escape, from the first row not before it; infinite without one."""
+    """The share of the loss that is lost at the escape; infinite without one.
+
+    A flow that escaped ends there. For gradient descent it is at least the share lost at the first row not before it.
+    """
+    if flow.until is not None:
+        return float(flow.loss_drop) if bool(flow.status == Status.escaped) else np.inf
     losses, log_times = np.asarray(flow.losses), np.asarray(flow.log_times)
     rows = np.flatnonzero(log_times >= float(flow.log_escape_time) - SAME_TIME)
     return float((losses[0] - losses[rows[0]]) / losses[0]) if rows.size and losses[0] > 0 else np.inf

@@ -51,7 +51,7 @@ def in_words(value: Float[Array, "..."]) -> str:
     if not _check.is_concrete(value):
         return "(being traced)"
     low, high = np.min(np.asarray(value)), np.max(np.asarray(value))
-    return f"{low}" if low == high else f"{low} to {high}"
+    return str(low) if low == high else f"{low!s} to {high!s}"
 
 
 class Escape(AbstractUntil):

@@ -35,7 +35,13 @@ class Axis:
         repeated = [label for label, times in Counter(self.labels).items() if times > 1]
         if repeated:
             raise _check.fail(
-                self.name, "name each value once", f"{list(self.labels)}, with {sorted(repeated)} repeated"
+                self.name,
+                "name each value once",
+                f"{list(self.labels)}, with {sorted(repeated)} repeated",
+                "A function is known by its __name__: give each one its own, f.__name__ = 'steep'. An object of a class "
+                "is known by a property __name__ or the name of its class."
+                if self.name == "activation"
+                else "",
             )
 
 
