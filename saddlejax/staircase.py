@@ -100,8 +100,10 @@ class Plateaus(eqx.Module):
                 f"{low if low == high else f'{low} to {high}'}"
             )
             if p.log_end_error is not None:
-                moved = f"{p.log_end_error:+.1e} later, in log t," if np.isfinite(p.log_end_error) else "not reached"
-                lines.append(f"    half of the descent that follows: {moved} at the other tolerance")
+                moved = (
+                    f"moved by {p.log_end_error:+.1e} in log t" if np.isfinite(p.log_end_error) else "is not reached"
+                )
+                lines.append(f"    half of the descent that follows {moved} at the other tolerance")
             if p.saddle is not None:
                 lines.append(f"    {p.saddle}")
         if self.known_roughly:
