@@ -291,7 +291,7 @@ def test_predictions_under_transformations():
     # What is not traced is computed as it is outside.
     small = sj.scale_layers(net, 1e-2)
     inside = jax.jit(lambda x: x + sj.predict_escape(small, task).log_time)(0.0)
-    assert float(inside) == pytest.approx(float(alone[0].log_time), rel=1e-12)
+    assert float(inside) == pytest.approx(float(alone[0].log_time), rel=1e-9)
     for name in ("scale_for_steps", "bottleneck_for_steps"):
         rest = {"steps": 100, "learning_rate": 0.1} | ({"scale": 1e-3} if name == "bottleneck_for_steps" else {})
         with pytest.raises(ValueError, match=rf"sj.{name} runs on the host .* net was traced"):
@@ -324,7 +324,7 @@ def test_no_prediction_where_the_leading_order_vanishes(activation):
     task = sj.Task(signs, signs.prod(axis=1, keepdims=True))
     net = sj.scale_layers(sj.MLP([3, 16, 16, 1], activation, key=jax.random.key(0)), 1e-2)
     prediction = sj.predict_escape(net, task)
-    assert np.isnan(float(prediction.log_time)) and float(prediction.signal) < 1e-14
+    assert np.isnan(float(prediction.log_time)) and float(prediction.signal) < 1e-12
     assert "the order of this saddle is higher than the number of small layers, 3" in str(prediction)
     assert "too large" not in str(prediction) and "gradient_flow" in str(prediction)
     with pytest.raises(ValueError, match=r"net must have an escape that can be predicted.* vanishes to rounding"):
