@@ -91,7 +91,8 @@ axes = sj.plot.staircase(flow)
 plt.show()
 
 # %% [markdown]
-# The rank of the layers rises from saddle to saddle here too, one plateau apart from the next by one or two modes. (The interval for the
+# The rank of the layers rises here too, by up to two modes from one plateau to the next. It is counted where the gradient is smallest, and
+# a mode that is about to be learned may count already: two plateaus in a row have rank four. (The interval for the
 # bottleneck rank begins at zero because the weights were not kept; `save=sj.Save(weights=True)` gives the lower end as well.)
 #
 # **Where this agrees with the papers.** For linear networks, exactly: the losses of the saddles to 1e-6, one rank a step. That the bottleneck
