@@ -14,7 +14,7 @@ from ._interrupt import safe_to_interrupt
 from .activations import Activation, ActivationParts
 from .bottleneck import chosen_layers, init_scales
 from .flow import Escape, Flow, Save, Status, gradient_flow
-from .flow.result import power_of_ten
+from .flow.result import SMALLEST_DROP, power_of_ten
 from .hessian import sharpness
 from .networks import (
     AbstractNetwork,
@@ -36,7 +36,6 @@ TOLERANCE = 1e-4
 
 LARGEST_ERROR = 0.05
 LARGEST_BEND = 0.5
-SMALLEST_DROP = 1e-3
 SIGNAL_ROUNDING = 100
 
 

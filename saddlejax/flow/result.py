@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..staircase import Plateaus
 
 SMALLEST_DROP = 1e-3
+"""An escape, measured or predicted, at which less of the loss is lost than this share is reported with a word."""
 SAME_TIME = 1e-5
 
 
