@@ -188,7 +188,8 @@ def plateaus(
     stretches = itertools.pairwise([*bottoms, len(known)])
     escapes = [_steepest(log_times, slopes, first, last) for first, last in stretches]
     ends = [_end(flow, log_times, slopes, losses, escape) for escape in escapes]
-    at_rest = _rest(flow, log_gradients <= rounding)
+    vanished = np.asarray(flow.gradient_norms)[known] == 0
+    at_rest = _rest(flow, vanished | (log_gradients <= rounding))
     if at_rest is not None and (not bottoms or np.isfinite(ends[-1])):
         heights.append(float(np.max(slopes[(bottoms or [0])[-1] :]) - slopes[at_rest]))
         bottoms.append(at_rest)

@@ -106,6 +106,14 @@ def test_start_near_the_stable_manifold_of_the_saddle(gap, stiff):
     assert flow.resolved
 
 
+def test_layers_that_shrink_towards_a_minimum_do_not_count_as_cancelling():
+    # Both layers shrink at one rate, as on the stable manifold of the saddle, but outputs and signal agree.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow = sj.gradient_flow(sj.MLP.from_weights([[[3.0]], [[3.0]]], "identity"), ONE_SAMPLE, sj.Loss(1e-6))
+    assert flow.resolved and int(flow.stats["gradient_evaluations"]) < 200
+
+
 def test_cancellation_beyond_the_precision_is_said():
     weights = [jnp.array([[1e-3]], "float32"), jnp.array([[-1e-3 * (1 - 1e-4)]], "float32")]
     net, task = sj.MLP.from_weights(weights, "identity"), ONE_SAMPLE.astype("float32")
@@ -144,6 +152,17 @@ def test_a_time_is_reached_to_the_last_digit_and_rest_is_one_plateau():
     kept = sj.gradient_flow(net, task, sj.Time(4000.0), save=sj.Save(times))
     np.testing.assert_allclose(kept.times, times, rtol=1e-9)
     assert float(kept.losses[-1]) == pytest.approx(line, rel=1e-9)
+
+
+@pytest.mark.parametrize("until", [sj.Loss(1e-3), sj.Time(10.0)])
+def test_a_flow_that_starts_on_a_stationary_point_is_one_plateau(until):
+    task = sj.tasks.linear_teacher([4.0, 2.0], in_size=2)
+    on_it = sj.MLP.from_weights([jnp.diag(jnp.array([2.0, 0.0]))] * 2, "identity")
+    flow = sj.gradient_flow(on_it, task, until)
+    reached = isinstance(until, sj.Time)
+    assert flow.status == (sj.Status.time_reached if reached else sj.Status.stationary)
+    (plateau,) = flow.plateaus()
+    assert plateau.end == np.inf and plateau.loss == pytest.approx(2.0) and plateau.ranks == (1, 1)
 
 
 def test_a_layer_that_starts_at_zero_has_stable_rank_zero():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..networks import AbstractNetwork
+from ..networks import AbstractNetwork, predict
 from ..tasks.task import Task, zero_loss
 from .clock import PlateauField, start
 from .crossing import crossing
@@ -143,14 +143,22 @@ def _integrate(
     order = method.order()
     plateau = zero_loss(task)
     first_gradient = field.log_gradient_norm(state, rate)
-    no_signal = _has_no_signal(task)
+    slopes = jax.grad(task.mean_loss)(jnp.zeros((task.samples, task.out_size), task.x.dtype))
+    no_signal = jnp.all(slopes == 0)  # nothing then drives the network away from the origin
     dormant = Dormant.of(state.coordinates)
     least_share = smallest_share(rtol)
     longest_step = math.inf if until.asks_for_escape else method.longest_step
 
+    def opposes_signal(state: FlowState) -> Array:
+        return jnp.sum(slopes * predict(field.state_net(state), task.x)) > 0
+
     def resolve(before: Resolution, state: FlowState, rate: FlowState) -> tuple[Resolution, Array]:
         """What is remembered of one more state, and whether its gradient is rounding."""
-        share = jnp.where(no_signal, 1, cancellation(state, rate))
+        share = cancellation(state, rate)
+        # Layers that shrink head for the saddle where the outputs are opposed to the signal; beyond a minimum they are not.
+        on_plateau = rate.loss_integral > plateau - STILL_ON_PLATEAU * jnp.abs(plateau)
+        opposed = jax.lax.cond((share < 1) & on_plateau, opposes_signal, lambda _: jnp.asarray(False), state)
+        share = jnp.where(opposed, share, 1)
         log_gradient = field.log_gradient_norm(state, rate)
         sensitivity = log_sensitivity(state.coordinates.log_norms())
         highest = jnp.maximum(before.log_highest, log_gradient)
@@ -422,12 +430,6 @@ def _no_plateau(
     fallen = field.log_gradient_norm(state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
     below = rate.loss_integral < NO_PLATEAU_LOSS * plateau
     return fallen | below, rate.loss_integral > (1 - STILL_ON_PLATEAU) * plateau
-
-
-def _has_no_signal(task: Task) -> Bool[Array, ""]:
-    """Whether `∂c/∂f` vanishes at zero output for every sample: nothing then drives the network away from the origin."""
-    pull = jax.grad(task.mean_loss)(jnp.zeros((task.samples, task.out_size), task.x.dtype))
-    return jnp.all(pull == 0)
 
 
 def _has_underflown(field: PlateauField, state: FlowState, rate: FlowState) -> Bool[Array, ""]:
