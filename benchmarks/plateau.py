@@ -39,7 +39,7 @@ from rich.progress import track
 from scipy.integrate import solve_ivp
 
 import saddlejax as sj
-from saddlejax.hessian import sharpness
+from saddlejax.curvature.sharpness import sharpness
 from saddlejax.tasks.task import task_loss, zero_loss
 
 try:

@@ -38,8 +38,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import saddlejax as sj
-from saddlejax.flow.gradient_flow import SMOOTH_RTOL, STIFF_RTOL
-from saddlejax.staircase import crossing_log_time
+from saddlejax.flow._gradient_flow import SMOOTH_RTOL, STIFF_RTOL
+from saddlejax.flow.plateaus import crossing_log_time
 
 jax.config.update("jax_enable_x64", True)
 

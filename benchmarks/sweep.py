@@ -35,9 +35,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import saddlejax as sj
-from saddlejax.sweep.execute import available_cores
-from saddlejax.sweep.programs import _batch_program
-from saddlejax.sweep.sweep import _flows
+from saddlejax.sweeps._sweep import _flows
+from saddlejax.sweeps.execute import available_cores
+from saddlejax.sweeps.programs import _batch_program
 from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)

@@ -30,7 +30,7 @@ from rich.progress import track
 from scipy.interpolate import CubicHermiteSpline
 
 import saddlejax as sj
-from saddlejax.flow.gradient_flow import KINKED_RTOL, SMOOTH_RTOL
+from saddlejax.flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL
 from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)

@@ -3,18 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import (
-    law as law,
-    manifold as manifold,
-    saddle as saddle,
-    staircase as staircase,
-    tasks as tasks,
-)
-from .activation_classes import ActivationClass as ActivationClass, classify_activation as classify_activation
-from .activations import ACTIVATIONS as ACTIVATIONS
-from .bottleneck import bottleneck_layers as bottleneck_layers
-from .critical_exponent import critical_exponent as critical_exponent
-from .escape_scan import escape_scan as escape_scan
+from . import law as law, manifold as manifold, saddle as saddle, staircase as staircase, tasks as tasks
+from .curvature.stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
 from .flow import (
     Escape as Escape,
     ExponentialRosenbrock as ExponentialRosenbrock,
@@ -25,20 +15,24 @@ from .flow import (
     Time as Time,
     gradient_flow as gradient_flow,
 )
-from .gradient_descent import gradient_descent as gradient_descent
-from .imbalance import (
-    imbalance as imbalance,
-    imbalance_matrices as imbalance_matrices,
-    imbalance_rate as imbalance_rate,
-)
+from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
-from .losses import cross_entropy as cross_entropy, mse as mse
-from .networks import MLP as MLP, scale_layers as scale_layers
-from .prediction import (
+from .law.bottleneck import bottleneck_layers as bottleneck_layers
+from .law.exponent import critical_exponent as critical_exponent
+from .law.prediction import (
     EscapePrediction as EscapePrediction,
     bottleneck_for_steps as bottleneck_for_steps,
     predict_escape as predict_escape,
     scale_for_steps as scale_for_steps,
+)
+from .law.universality import collapse as collapse
+from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
+from .networks.activations import ACTIVATIONS as ACTIVATIONS
+from .networks.mlp import MLP as MLP, scale_layers as scale_layers
+from .norm_imbalance import (
+    imbalance as imbalance,
+    imbalance_matrices as imbalance_matrices,
+    imbalance_rate as imbalance_rate,
 )
 from .saddle import (
     EscapeDirection as EscapeDirection,
@@ -46,11 +40,11 @@ from .saddle import (
     low_rank_margin as low_rank_margin,
     signal_energy as signal_energy,
 )
-from .signal_growth import signal_growth as signal_growth
-from .stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
-from .sweep import sweep as sweep
+from .saddle.energy_growth import signal_growth as signal_growth
+from .sweeps import sweep as sweep
+from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task
-from .universality import collapse as collapse
+from .tasks.losses import cross_entropy as cross_entropy, mse as mse
 
 if TYPE_CHECKING:
     from . import plot as plot

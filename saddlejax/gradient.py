@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .networks import AbstractNetwork, Weights
+from .networks.mlp import AbstractNetwork, Weights
 from .tasks.task import Task
 
 WORTH_TURNING = 16

@@ -8,7 +8,7 @@ import sys
 import jax
 
 import saddlejax as sj
-from saddlejax.sweep import execute
+from saddlejax.sweeps import execute
 
 jax.config.update("jax_enable_x64", True)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.activation_classes import slope_jumps, value_at_zero
+from saddlejax.networks.activation_class import slope_jumps, value_at_zero
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 ROOT_PI = math.sqrt(math.pi)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
-from saddlejax.hessian import extreme_eigenvalues, sharpness
+from saddlejax.curvature.sharpness import extreme_eigenvalues, sharpness
 
 
 def run(*arguments, cwd, columns=100):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.activations import Activation
-from saddlejax.networks import AbstractNetwork, Weights
+from saddlejax.networks.activations import Activation
+from saddlejax.networks.mlp import AbstractNetwork, Weights
 from saddlejax.tasks.task import task_loss
 
 ACTIVATIONS = sorted(set(sj.ACTIVATIONS) - {"linear", "swish"})

@@ -12,7 +12,7 @@ import pytest
 from scipy import special
 
 import saddlejax as sj
-from saddlejax.networks import preactivations, safe_norm
+from saddlejax.networks.mlp import preactivations, safe_norm
 
 KEY = jax.random.key(3)
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import saddlejax as sj
-from saddlejax.activation_classes import slope_jumps
-from saddlejax.networks import AbstractNetwork
+from saddlejax.networks.activation_class import slope_jumps
+from saddlejax.networks.mlp import AbstractNetwork
 from saddlejax.tasks.task import task_loss
 
 KEY = jax.random.key(4)

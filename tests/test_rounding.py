@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import brentq
 
 import saddlejax as sj
-from saddlejax.staircase import crossing_log_time
+from saddlejax.flow.plateaus import crossing_log_time
 
 STRENGTHS = np.array([5.0, 2.0, 1.0, 0.5])
 DECOUPLED = sj.tasks.linear_teacher(list(STRENGTHS), in_size=8)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.flow.krylov import KrylovProblem, phi
-from saddlejax.staircase import crossing_log_time
+from saddlejax.curvature.krylov import KrylovProblem, phi
+from saddlejax.flow.plateaus import crossing_log_time
 
 STRENGTHS = (4.0, 2.0, 1.0, 0.5)
 PLATEAUS = (10.625, 2.625, 0.625, 0.125)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
-from saddlejax.sweep.refill import refilled_map
-from saddlejax.sweep.spec_file import read_specification
-from saddlejax.sweep.split import split_at_loop
+from saddlejax.sweeps.refill import refilled_map
+from saddlejax.sweeps.spec_file import read_specification
+from saddlejax.sweeps.split import split_at_loop
 
 TASK = teacher(samples=30)
 GRID = {

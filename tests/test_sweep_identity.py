@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.sweep.describe import identify
+from saddlejax.sweeps.describe import identify
 
 LINE = sj.Task(jnp.eye(2), jnp.ones((2, 1)))
 GRID = {"width": 2, "depth": 2, "scale": 0.1, "until": sj.Time(5.0)}

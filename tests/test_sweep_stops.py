@@ -51,7 +51,7 @@ def test_a_pool_of_spawned_processes_gives_the_same_numbers():
 
 OVERLAPPING = """
 import threading, scipy.linalg, threadpoolctl
-from saddlejax._threads import one_blas_thread
+from saddlejax._host.threads import one_blas_thread
 
 def threads():
     return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}

@@ -21,7 +21,7 @@ import xarray as xr
 import zarr
 from toy_sweep import ToyProblem, run
 
-from saddlejax._threads import available_cores
+from saddlejax._host.threads import available_cores
 
 SCRIPT = Path(__file__).with_name("toy_sweep.py")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saddlejax.sweep.execute import execute
-from saddlejax.sweep.grid import Axis, Grid
-from saddlejax.sweep.measures import Variable
-from saddlejax.sweep.problem import AbstractProblem, Output, each_lane
-from saddlejax.sweep.store import ZarrStore
+from saddlejax.sweeps.execute import execute
+from saddlejax.sweeps.grid import Axis, Grid
+from saddlejax.sweeps.measures import Variable
+from saddlejax.sweeps.problem import AbstractProblem, Output, each_lane
+from saddlejax.sweeps.store import ZarrStore
 
 BLOCK = (1, 2)
 

@@ -1,4 +1,4 @@
 """The command line."""
 
 from . import direction as direction, escape as escape, staircase as staircase, sweep as sweep
-from .app import app as app
+from ._app import app as app

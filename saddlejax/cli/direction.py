@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from .. import plot, saddle, tasks
 from ..saddle.origin import tangent
-from .app import NOT_REACHED, app, complete, console, write_numbers
+from ._app import NOT_REACHED, app, complete, console, write_numbers
 
 
 @app.command(short_help="Optimal escape directions, over depth.")

@@ -13,11 +13,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import plot, tasks
-from ..activation_classes import value_at_zero
-from ..escape_scan import NOT_COMPUTED, escape_scan
 from ..flow import Status
 from ..flow.result import power_of_ten
-from .app import NOT_REACHED, app, complete, console
+from ..networks.activation_class import value_at_zero
+from ..sweeps.scan import NOT_COMPUTED, escape_scan
+from ._app import NOT_REACHED, app, complete, console
 
 ESCAPED = Status[Status.escaped]
 

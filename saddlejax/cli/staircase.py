@@ -13,14 +13,14 @@ from rich.table import Table
 
 from .. import _check, plot, tasks
 from .._check import layer_indices
-from ..activation_classes import slope_jumps
 from ..flow import Flow, Loss, Save, Status, gradient_flow
-from ..flow.gradient_flow import KINKED_RTOL, STIFF_RTOL
+from ..flow._gradient_flow import KINKED_RTOL, STIFF_RTOL
+from ..flow.plateaus import Plateaus
 from ..flow.result import power_of_ten
-from ..networks import MLP, scale_layers
-from ..staircase import Plateaus
+from ..networks.activation_class import slope_jumps
+from ..networks.mlp import MLP, scale_layers
 from ..tasks.task import zero_loss
-from .app import NOT_REACHED, app, complete, console, write_numbers
+from ._app import NOT_REACHED, app, complete, console, write_numbers
 
 SAMPLES = 200
 CHECK = 3.0

@@ -11,11 +11,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..flow import Status
-from ..sweep.execute import Progress as Done
-from ..sweep.problem import FAILED as FAILED_LANE
-from ..sweep.spec_file import read_specification
-from ..sweep.sweep import sweep as run_sweep
-from .app import FAILED, NOT_REACHED, app, complete, console
+from ..sweeps._sweep import sweep as run_sweep
+from ..sweeps.execute import Progress as Done
+from ..sweeps.problem import FAILED as FAILED_LANE
+from ..sweeps.spec_file import read_specification
+from ._app import FAILED, NOT_REACHED, app, complete, console
 
 WITHOUT_FAULT = (
     *(Status[one] for one in (Status.escaped, Status.time_reached, Status.loss_reached, Status.steps_taken)),

@@ -1,7 +1,7 @@
 """Gradient flow in the plateau clock."""
 
+from ._gradient_flow import gradient_flow as gradient_flow
 from .exponential import ExponentialRosenbrock as ExponentialRosenbrock
-from .gradient_flow import gradient_flow as gradient_flow
 from .record import Save as Save
 from .result import Flow as Flow
 from .status import Status as Status

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..gradient import gradient
-from ..networks import AbstractNetwork, safe_norm
+from ..networks.mlp import AbstractNetwork, safe_norm
 from ..tasks.task import Task, task_loss
 from .coordinates import Coordinates, to_coordinates, to_net
 from .state import FlowState

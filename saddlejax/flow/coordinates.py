@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks import Net, Weights, safe_norm
+from ..networks.mlp import Net, Weights, safe_norm
 from .layer_shapes import LayerShapes
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..networks import AbstractNetwork
+from ..networks.mlp import AbstractNetwork
 from .clock import PlateauField
 from .state import FlowState
 from .stepping import relative_errors

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..networks import AbstractNetwork, predict
+from ..networks.mlp import AbstractNetwork, predict
 from ..tasks.task import Task, zero_loss
 from .clock import PlateauField, start
 from .crossing import crossing

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks import Weights
+from ..networks.mlp import Weights
 
 
 class LayerShapes(NamedTuple):

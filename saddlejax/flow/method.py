@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..gradient import gradient
-from ..networks import Weights, safe_norm
+from ..networks.mlp import Weights, safe_norm
 from ..tasks.task import task_loss
 from .clock import PlateauField
 from .coordinates import to_coordinates

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import _check
-from ..networks import Weights
+from ..networks.mlp import Weights
 from .clock import PlateauField
 from .state import FlowState
 

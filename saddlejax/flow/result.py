@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import _check
-from ..networks import AbstractNetwork, Weights
+from ..networks.mlp import AbstractNetwork, Weights
 from ..tasks.task import Task
 from .status import Status
 from .task_reference import TaskReference
 from .until import AbstractUntil, in_words
 
 if TYPE_CHECKING:
-    from ..staircase import Plateaus
+    from .plateaus import Plateaus
 
 SMALLEST_DROP = 1e-3
 """An escape, measured or predicted, at which less of the loss is lost than this share is reported with a word."""
@@ -109,7 +109,7 @@ class Flow(eqx.Module):
 
     def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
         """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
-        from ..staircase import plateaus
+        from .plateaus import plateaus
 
         return plateaus(self, task, **options)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..networks import AbstractNetwork, preactivations
+from ..networks.mlp import AbstractNetwork, preactivations
 from ..tasks.task import Task
 from .coordinates import Coordinates
 

@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ..activations import Activation, ActivationParts, activation_name
-from ..networks import AbstractNetworkOfParts, Weights
+from ..networks.activations import Activation, ActivationParts, activation_name
+from ..networks.mlp import AbstractNetworkOfParts, Weights
 from .blocks import Labels, block_sizes
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import MLP, AbstractNetwork, check_network, safe_norm
+from ..networks.mlp import MLP, AbstractNetwork, check_network, safe_norm
 from .blocks import Blocks, compress, hidden_labels, spread
 from .network import BlockMLP
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..activations import Activation
+from ..networks.activations import Activation
 from ..saddle.origin import origin_matrix
 from ..tasks.task import Task, task_loss
 from .network import BlockMLP

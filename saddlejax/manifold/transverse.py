@@ -9,11 +9,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
+from ..curvature.sharpness import ritz_values
 from ..flow import Flow, Save, gradient_flow
 from ..flow.result import trim
 from ..flow.until import AbstractUntil
-from ..hessian import ritz_values
-from ..networks import MLP, AbstractNetwork, Weights, safe_norm
+from ..networks.mlp import MLP, AbstractNetwork, Weights, safe_norm
 from ..tasks.task import Task, check_fits, match_precision, task_loss
 from .blocks import Blocks
 from .reduction import project

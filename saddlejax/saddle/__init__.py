@@ -1,7 +1,7 @@
 """The saddle at zero weights: escape directions, their speeds, and how close they are to rank one."""
 
+from ._along_flow import AlongFlow as AlongFlow, along_flow as along_flow
 from .alignment import layer_cosines as layer_cosines
-from .along_flow import AlongFlow as AlongFlow, along_flow as along_flow
 from .bounds import SpeedBound as SpeedBound, speed_bound as speed_bound
 from .direction import escape_direction as escape_direction
 from .energy import instantaneous_speed as instantaneous_speed, signal_energy as signal_energy

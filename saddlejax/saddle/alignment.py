@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import AbstractNetwork, check_network, check_weights
+from ..networks.mlp import AbstractNetwork, check_network, check_weights
 from .ascent import unit_layers
 from .merge import merge
 from .origin import tangent

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..networks import Weights, safe_norm
+from ..networks.mlp import Weights, safe_norm
 from .lbfgs import MEMORY, lbfgs
 from .origin import Origin, energy
 

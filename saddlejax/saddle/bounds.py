@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks import Weights, safe_norm
+from ..networks.mlp import Weights, safe_norm
 from ..tasks.task import Task
 from .lbfgs import lbfgs
 from .origin import Origin

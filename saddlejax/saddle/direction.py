@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
-from .._interrupt import safe_to_interrupt
-from .._stopping import check_stopped
-from .._threads import one_blas_thread
-from ..activations import Activation, ActivationParts, resolve_activation
-from ..networks import Weights, safe_norm
+from .._host.interrupt import safe_to_interrupt
+from .._host.stopping import check_stopped
+from .._host.threads import one_blas_thread
+from ..networks.activations import Activation, ActivationParts, resolve_activation
+from ..networks.mlp import Weights, safe_norm
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
 from .bounds import speed_bound

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks import AbstractNetwork, predict
+from ..networks.mlp import AbstractNetwork, predict
 from ..tasks.task import Task, check_fits, match_precision
 from .ascent import unit_layers
 from .origin import Origin, energy, pull, tangent

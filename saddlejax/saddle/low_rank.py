@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks import AbstractNetwork, Weights, check_network, check_weights, safe_norm
+from ..networks.mlp import AbstractNetwork, Weights, check_network, check_weights, safe_norm
 
 
 def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:

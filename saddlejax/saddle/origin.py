@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..activations import Activation, activation_name, resolve_activation
-from ..elementwise import evaluate
-from ..networks import AbstractNetwork, Weights
+from ..networks.activations import Activation, activation_name, resolve_activation
+from ..networks.elementwise import evaluate
+from ..networks.mlp import AbstractNetwork, Weights
 from ..tasks.task import Task, check_fits, match_precision
 
 _CHUNK_ENTRIES = 2**22  # hidden signals held at once for one network, in numbers

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .. import _check
-from ..activations import Activation, activation_name
+from ..networks.activations import Activation, activation_name
 from ..tasks.task import Task
 from .direction import escape_direction
 from .low_rank import low_rank_margin

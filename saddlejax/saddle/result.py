@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import _check
-from ..activations import Activation, ActivationParts, activation_name
-from ..networks import MLP, Weights
+from ..networks.activations import Activation, ActivationParts, activation_name
+from ..networks.mlp import MLP, Weights
 from .low_rank import singular_values
 from .optima import Optimum, distinct
 from .settle import RANDOM, THREE_LAYERS

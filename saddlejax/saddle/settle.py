@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._stopping import check_stopped
+from .._host.stopping import check_stopped
 from .merge import merge, pad
 from .origin import Tangent
 from .pieces import Matrices, Problem, true_energy, unit

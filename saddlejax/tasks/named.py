@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import _check
-from ..losses import mse
-from .digits import classification_task, digits
-from .mnist import NPZ_KEYS, named_mnist, read_npz
+from ._digits import classification_task, digits
+from ._mnist import NPZ_KEYS, named_mnist, read_npz
+from .losses import mse
 from .task import Task
 
 OWN = ("x", "y")

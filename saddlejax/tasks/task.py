@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..losses import cross_entropy, mse
-from ..networks import AbstractNetwork, cast, check_network, predict
+from ..networks.mlp import AbstractNetwork, cast, check_network, predict
+from .losses import cross_entropy, mse
 
 SampleLoss = Callable[[Array, Array], Array]
 

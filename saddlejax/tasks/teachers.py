@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
-from .._normal import standard_normal
-from ..losses import mse
+from ..networks.random_weights import standard_normal
+from .losses import mse
 from .task import Task
 
 

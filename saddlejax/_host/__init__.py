@@ -1,0 +1,1 @@
+"""What concerns the machine: interrupts, threads, stopping."""

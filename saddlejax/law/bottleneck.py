@@ -1,0 +1,69 @@
+"""Which layers of a network are small: its bottleneck."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .. import _check
+from ..manifold.network import BlockMLP
+from ..networks.mlp import AbstractNetwork, check_network, layer_norms
+
+LARGEST_SMALL = 1 / 3
+SAME_SCALE = 3.0
+
+
+def init_scales(net: AbstractNetwork) -> Float[Array, " layers"]:
+    """The init scale of every layer, `‖W_l‖_F / √(2 n_l)`: near one for He-normal weights, `ε` after `scale_layers`.
+
+    For a reduced network, the scales of the wide one.
+    """
+    sizes = net.wide_sizes if isinstance(net, BlockMLP) else net.sizes
+    return layer_norms(net) / jnp.sqrt(2 * jnp.asarray(sizes[1:], net.weights[0].dtype))
+
+
+def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
+    """The layers, counted from 0, that count as small, where their init scales leave no doubt.
+
+    With the init scale `‖W_l‖_F/√(2 n_l)`, which is near one for He-normal weights, and `ε` the smallest of the network:
+
+    - all layers, where the scales are within a factor of 3 of each other;
+    - otherwise the layers below `√ε`, those nearer, as a ratio, to `ε` than to one.
+
+    **Raises:** `ValueError` where that is no clear answer: `ε` is above a third, or some layer lies in the middle,
+    between `ε^{2/3}` and `ε^{1/3}`. And while JAX is tracing the weights. Name the layers then, where they are asked for.
+    """
+    check_network(net)
+    if not _check.is_concrete(net.weights):
+        raise _check.fail(
+            "layers", "be given where the weights are traced", None, "For instance layers=range(net.depth)."
+        )
+    with jax.ensure_compile_time_eval():
+        scales = np.asarray(init_scales(net), float)
+    least = np.min(scales)
+    if np.max(scales) <= SAME_SCALE * least:
+        return tuple(range(net.depth))
+    small = tuple(int(layer) for layer in np.flatnonzero(scales <= np.sqrt(least)))
+    in_the_middle = (scales > least ** (2 / 3)) & (scales < least ** (1 / 3))
+    if least > LARGEST_SMALL or np.any(in_the_middle):
+        listed = ", ".join(f"{scale:.3g}" for scale in scales)
+        raise _check.fail(
+            "layers",
+            f"be given where the init scales of the layers, here {listed}, do not tell which of them are small",
+            None,
+            f"For instance layers={small or tuple(range(net.depth))}, counted from 0.",
+        )
+    return small
+
+
+def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> tuple[int, ...]:
+    """The layers an argument names, in increasing order, or the bottleneck of the network where it is None."""
+    if layers is None:
+        return bottleneck_layers(net)
+    check_network(net)
+    chosen = _check.layer_indices(layers, net.depth)
+    if not chosen:
+        raise _check.fail("layers", "name at least one layer", list(chosen))
+    return tuple(sorted(chosen))
