@@ -215,6 +215,14 @@ def check_network(net: object, argument: str = "net") -> None:
     check_elementwise(net.activation)
 
 
+def is_perceptron(net: AbstractNetwork) -> bool:
+    """Whether a network computes what its `weights`, `matrices()` and `activation` say, and nothing else.
+
+    One that overrides `__call__`, or that holds arrays which `matrices()` does not use, is a model like any other.
+    """
+    return type(net).__call__ is AbstractNetwork.__call__ and _unused_arrays(net) == 0
+
+
 def _unused_arrays(net: AbstractNetwork) -> int:
     """How many floating-point arrays a network holds that have no part in what it computes."""
     known = {id(leaf) for leaf in jax.tree.leaves((net.weights, net.activation))}
