@@ -63,12 +63,45 @@ class Steps(eqx.Module):
 
 
 class Ends(NamedTuple):
-    """Why a stretch of a flow ends, as conditions of diffrax or as what they came to; the first one counts."""
+    """Why a stretch of a flow ended; the first one that holds counts."""
 
-    until: Any
-    at_rest: Any
-    no_plateau: Any
-    unsuited: Any
+    until: Bool[Array, ""]
+    at_rest: Bool[Array, ""]
+    no_plateau: Bool[Array, ""]
+    unsuited: Bool[Array, ""]
+
+
+class EndingController(dfx.AbstractStepSizeController):
+    """A step size controller that also ends a solve: at rest, without a plateau, or for another kind of step."""
+
+    controller: PlateauController
+    patience: Float[Array, ""]
+    sees_plateau: bool = eqx.field(static=True)
+
+    def wrap(self, direction: Any) -> "EndingController":
+        """The clock runs forwards only."""
+        del direction
+        return self
+
+    def init(self, *arguments: Any) -> Any:
+        """The first step is that of the controller inside."""
+        return self.controller.init(*arguments)
+
+    def adapt_step_size(
+        self, t0: Any, t1: Any, y0: ClockState, y1: ClockState, args: PlateauField, *others: Any
+    ) -> tuple[Any, ...]:
+        """The choice of the controller inside, and whether the flow ends."""
+        keep, begin, end, made_jump, state, result = self.controller.adapt_step_size(t0, t1, y0, y1, args, *others)
+        ends = self.ends(args, y1)
+        over = keep & (ends.at_rest | ends.no_plateau | ends.unsuited) | (y0.memory.at_rest > 0)
+        result = dfx.RESULTS.where(over, dfx.RESULTS.event_occurred, result)
+        return keep & ~(y0.memory.at_rest > 0), begin, end, made_jump, state, result
+
+    def ends(self, field: PlateauField, state: ClockState) -> Ends:
+        """Which ends have come at a state whose rate is known."""
+        memory = state.memory
+        no_plateau = _no_plateau(field, state) if self.sees_plateau else jnp.asarray(False)
+        return Ends(jnp.asarray(False), memory.at_rest > 0, no_plateau, memory.unsuited > self.patience)
 
 
 class Stretch(NamedTuple):
@@ -95,23 +128,12 @@ class Stretch(NamedTuple):
     step_size: Float[Array, ""]
 
 
-def _at_rest(t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Array:
-    del t, args, kwargs
-    return y.memory.at_rest > 0
-
-
-def _no_plateau(t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Array:
+def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     """Whether a gradient that never rose has fallen for good."""
-    del t, kwargs
-    memory = y.memory
+    memory = state.memory
     rose = memory.log_highest > memory.log_first
-    fallen = args.log_gradient_norm(y.vector, y.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
-    return ~rose & (fallen | (args.layout.split(y.rate).loss < NO_PLATEAU_LOSS * args.plateau))
-
-
-def _never(t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Array:
-    del t, args, kwargs
-    return jnp.asarray(False)
+    fallen = field.log_gradient_norm(state.vector, state.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
+    return ~rose & (fallen | (field.layout.split(state.rate).loss < NO_PLATEAU_LOSS * field.plateau))
 
 
 def stretch(
@@ -126,12 +148,7 @@ def stretch(
     """Follow a flow from a state whose rate is known until it ends."""
     field, dtype = clock.args, state.vector.dtype
 
-    def unsuited(t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Array:
-        del t, args, kwargs
-        return y.memory.unsuited > steps.patience
-
-    found = clock.event(until, steps.rtol)
-    conditions = Ends(found.cond_fn, _at_rest, _no_plateau if until.uses_curvature else _never, unsuited)
+    controller = EndingController(steps.controller, steps.patience, until.uses_curvature)
     solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
     if save.times is not None:
         solver = RowsAtTimes(solver, save)
@@ -147,8 +164,8 @@ def stretch(
         size,
         state,
         args=field,
-        stepsize_controller=steps.controller,
-        event=dfx.Event(conditions, found.root_finder, direction=True),
+        stepsize_controller=controller,
+        event=clock.event(until, steps.rtol),
         saveat=dfx.SaveAt(
             subs=saved,
             solver_state=True,
@@ -181,7 +198,9 @@ def stretch(
         gradients, products = attempts * stages + (attempts > 0), jnp.asarray(0)
     stuck = solution.result == dfx.RESULTS.dt_min_reached
     assert solution.controller_state is not None
-    ends = Ends(*(jnp.asarray(happened) for happened in solution.event_mask))
+    ends = controller.ends(field, end)._replace(until=jnp.asarray(solution.event_mask))
+    runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
+    attempts = jnp.where(runs, attempts, 0)
     if until.uses_curvature:
         products = products + attempts + 1
     return Stretch(
