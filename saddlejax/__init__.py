@@ -45,8 +45,8 @@ from .saddle import (
     signal_energy as signal_energy,
 )
 from .saddle.energy_growth import signal_growth as signal_growth
-# TMP from .sweeps import sweep as sweep
-# TMP from .sweeps.scan import escape_scan as escape_scan
+from .sweeps import sweep as sweep
+from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task
 from .tasks.losses import cross_entropy as cross_entropy, mse as mse
 
