@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
-from saddlejax.sweeps.refill import refilled_map
+from saddlejax.sweeps.refill import Resumable, refilled_map
 from saddlejax.sweeps.spec_file import read_specification
-from saddlejax.sweeps.split import split_at_loop
 
 TASK = teacher(samples=30)
 GRID = {
@@ -94,29 +93,44 @@ def test_a_refilled_batch_equals_one_lane_after_another(results):
             np.testing.assert_allclose(batched[name], one_by_one[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
+def powers(ratio):
+    """Recurrences `x ← ratio x + 1` of very different lengths, a few steps at a time."""
+
+    def advance(plan, state, attempts):
+        step = lambda _, s: jax.tree.map(lambda new, old: jnp.where(s[0] < plan["steps"], new, old), grown(s), s)  # noqa: E731
+        grown = lambda s: (s[0] + 1, ratio * s[1] + 1, s[2])  # noqa: E731
+        return jax.lax.fori_loop(0, attempts, step, state)
+
+    return Resumable(
+        plan=lambda own: {"first": own["first"], "steps": own["steps"] * 1},
+        begin=lambda plan: (jnp.zeros((), int), plan["first"], plan["steps"]),
+        advance=advance,
+        running=lambda state: state[0] < state[2],
+        finish=lambda plan, state: {"value": state[1] + ratio, "plan": plan["first"]},
+    )
+
+
 def test_a_refilled_batch_keeps_its_slots_busy():
     """Loops of very different lengths, each a recurrence with a closed form."""
-
-    def geometric(shared, own):
-        count = own["turns"] * 1
-        turn = lambda carry: (carry[0] + 1, carry[1] * shared["ratio"] + 1)  # noqa: E731
-        total = jax.lax.while_loop(lambda carry: carry[0] < count, turn, (jnp.zeros((), int), own["first"]))[1]
-        return total + shared["ratio"]
-
-    turns = np.random.default_rng(0).geometric(0.03, 400)
+    steps = np.random.default_rng(0).geometric(0.03, 400)
     first, ratio = np.linspace(0, 1, 400), 0.9
-    lanes = {"turns": jnp.asarray(turns), "first": jnp.asarray(first)}
-    split = split_at_loop(geometric, {"ratio": jnp.asarray(ratio)}, jax.tree.map(lambda a: a[0], lanes))
-    run = jax.jit(lambda count: refilled_map(split, {"ratio": jnp.asarray(ratio)}, lanes, count, 16))
-    want = first * ratio**turns + (1 - ratio**turns) / (1 - ratio) + ratio
+    lanes = {"steps": jnp.asarray(steps), "first": jnp.asarray(first)}
+    run = jax.jit(lambda count: refilled_map(powers(ratio), lanes, count, 16, attempts=4))
+    want = first * ratio**steps + (1 - ratio**steps) / (1 - ratio) + ratio
+    chunks = -(-steps // 4)
     for count in (400, 7):
         done = run(jnp.asarray(count))
-        np.testing.assert_allclose(done.results[:count], want[:count], rtol=1e-10)
-        np.testing.assert_array_equal(done.results[count:], 0)  # as they were, never written
-        assert int(done.busy) == turns[:count].sum()
-    assert turns.sum() / (16 * int(run(jnp.asarray(400)).turns)) > 0.85
-    with pytest.raises(ValueError, match="while loop"):
-        split_at_loop(lambda shared, own: own, jnp.ones(()), jnp.ones(()))
+        np.testing.assert_allclose(done.results["value"][:count], want[:count], rtol=1e-10)
+        np.testing.assert_array_equal(done.results["plan"][:count], first[:count])
+        np.testing.assert_array_equal(done.results["value"][count:], 0)  # as they were, never written
+        assert int(done.busy) == chunks[:count].sum()
+    assert chunks.sum() / (16 * int(run(jnp.asarray(400)).chunks)) > 0.85
+
+
+def test_lanes_that_have_nothing_to_do_end_at_once():
+    lanes = {"steps": jnp.asarray([0, 3, 0, 0, 5]), "first": jnp.arange(5.0)}
+    done = jax.jit(lambda: refilled_map(powers(1.0), lanes, jnp.asarray(5), 2))()
+    np.testing.assert_array_equal(done.results["value"], [1, 5, 3, 4, 10])
 
 
 def test_single_precision_one_layer_and_lists_of_other_arguments():

@@ -76,9 +76,8 @@ def sweep(
       nor `scale`.
     - `options`: further arguments of `of`. For flows `until`, `rtol`, `dtype`, `max_steps`, `solver`, `stiff`, each a
       value or a list, and `save` ([`saddlejax.Save`][], by default the first and the last row); for directions `starts`.
-    - `measure`: functions of the final [`saddlejax.Flow`][] or of the escape direction, by name. They are traced by JAX
-      and see the network without any padding; where the shape of what they return depends on the depth, it is filled
-      up with NaN.
+    - `measure`: functions of the final [`saddlejax.Flow`][] or of the escape direction, by name. They are traced by JAX;
+      where the shape of what they return depends on the depth or the width, it is filled up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
       sweep goes on where it stopped, and with longer lists (values added at their ends) it computes what is new.
       `xarray.open_zarr(store)` reads it at any time. A store tells functions apart by what they compute: by their code
@@ -201,7 +200,7 @@ def _flows(
         "max_steps": _axis(
             "max_steps", _listed(given.get("max_steps")), lambda n: 4096 if n is None else int(n), "most steps"
         ),
-        "stiff": _axis("stiff", _listed(given.get("stiff")), bool, "whether the integrator is made for stiff flows"),
+        "stiff": _axis("stiff", _listed(given.get("stiff")), _stiff, "whether the integrator is made for stiff flows"),
         **_shape_axes(task, width, depth, activation),
         "bottleneck": _bottleneck_axis(bottleneck, _listed(depth)),
         "rtol": _axis("rtol", _listed(given.get("rtol")), _rtol, "tolerance of the integration", together=True),
@@ -319,6 +318,10 @@ def _rtol(rtol: Any) -> float | None:
     if float(rtol) >= 1:
         raise _check.fail("rtol", "be below one", rtol)
     return float(rtol)
+
+
+def _stiff(stiff: Any) -> bool | str:
+    return "by itself" if stiff is None else bool(stiff)
 
 
 def _whole(name: str, least: int = 1) -> Callable[[Any], int]:
