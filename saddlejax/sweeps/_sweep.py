@@ -200,7 +200,7 @@ def _flows(
         "max_steps": _axis(
             "max_steps", _listed(given.get("max_steps")), lambda n: 4096 if n is None else int(n), "most steps"
         ),
-        "stiff": _axis("stiff", _listed(given.get("stiff")), _stiff, "whether the integrator is made for stiff flows"),
+        "stiff": _axis("stiff", _listed(given.get("stiff")), bool, "whether the integrator is made for stiff flows"),
         **_shape_axes(task, width, depth, activation),
         "bottleneck": _bottleneck_axis(bottleneck, _listed(depth)),
         "rtol": _axis("rtol", _listed(given.get("rtol")), _rtol, "tolerance of the integration", together=True),
@@ -318,10 +318,6 @@ def _rtol(rtol: Any) -> float | None:
     if float(rtol) >= 1:
         raise _check.fail("rtol", "be below one", rtol)
     return float(rtol)
-
-
-def _stiff(stiff: Any) -> bool | str:
-    return "by itself" if stiff is None else bool(stiff)
 
 
 def _whole(name: str, least: int = 1) -> Callable[[Any], int]:

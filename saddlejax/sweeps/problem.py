@@ -60,7 +60,8 @@ def blank(outputs: dict[str, Output], lanes: int, status: str = "") -> dict[str,
 def record(values: dict[str, np.ndarray], lane: int, measured: dict[str, Any]) -> None:
     """Enter the measurements of a lane. An array that is smaller than its place begins there; the rest stays as it is."""
     for name, value in measured.items():
-        values[name][(lane, *map(slice, np.shape(value)))] = value
+        place: tuple[Any, ...] = (lane, *(slice(length) for length in np.shape(value)))
+        values[name][place] = value
 
 
 def common_output(name: str, variable: Variable, found: Sequence[jax.ShapeDtypeStruct]) -> Output:
