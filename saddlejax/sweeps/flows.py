@@ -14,7 +14,7 @@ from ..flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
 from ..tasks.task import Task
 from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
-from .lane import Common, LaneValues, Structure
+from .lane import Common, LaneValues, Structure, initial_weights
 from .measures import Variable
 from .problem import AbstractProblem, Output, Point, blank, common_output, record
 from .programs import one_lane, run_batch, run_one_by_one, slots_that_fit
@@ -59,7 +59,9 @@ class FlowProblem(AbstractProblem):
 
     def _shapes(self, point: Point) -> dict[str, Any]:
         structure = self.structure(point)
-        return jax.eval_shape(one_lane(structure), self.common(point), self.values(point, structure))
+        lane = self.values(point, structure)
+        weights = jax.eval_shape(functools.partial(initial_weights, structure.sizes, structure.dtype), lane)
+        return jax.eval_shape(one_lane(structure), self.common(point), weights, lane.rtol)
 
     def _values(self, name: str) -> list[Any]:
         return argument_values(self.grid, self.fixed, name)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt
 from ..flow import Flow, Save, gradient_flow
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
-from ..networks.mlp import MLP
+from ..networks.mlp import MLP, Weights
 from ..tasks.task import Task
 from .measures import Variable, measured
 from .refill import Resumable
@@ -56,11 +56,10 @@ class Structure(NamedTuple):
     variables: tuple[tuple[str, Variable], ...]
 
 
-def flow_lane(structure: Structure, common: Common, lane: LaneValues) -> dict[str, PyTree]:
-    """The measurements of one flow, and its `status`."""
-    task = common.task.astype(structure.dtype)
-    flow = gradient_flow(initial_network(structure, lane), task, common.until, **_options(structure, common, lane))
-    return measure_flow(structure, flow)
+def flow_lane(structure: Structure, common: Common, weights: Weights, rtol: Float[Array, ""]) -> dict[str, PyTree]:
+    """The measurements of the flow from some weights, and its `status`."""
+    net, task = MLP.from_weights(weights, structure.activation), common.task.astype(structure.dtype)
+    return measure_flow(structure, gradient_flow(net, task, common.until, **_options(structure, common, rtol)))
 
 
 def measure_flow(structure: Structure, flow: Flow) -> dict[str, PyTree]:
@@ -68,25 +67,25 @@ def measure_flow(structure: Structure, flow: Flow) -> dict[str, PyTree]:
     return {"status": flow.status, **{name: measured(name, one.function, flow) for name, one in structure.variables}}
 
 
-def initial_network(structure: Structure, lane: LaneValues) -> MLP:
-    """The network `scale_layers(MLP(sizes, activation, key=key, dtype=dtype), scale, layers)`."""
-    dtype = jnp.dtype(structure.dtype)
-    net = MLP(structure.sizes, structure.activation, key=jax.random.wrap_key_data(lane.key), dtype=dtype)
+def initial_weights(sizes: tuple[int, ...], dtype: str, lane: LaneValues) -> Weights:
+    """The weights of `scale_layers(MLP(sizes, activation, key=key, dtype=dtype), scale, layers)`."""
+    weights = MLP(sizes, "identity", key=jax.random.wrap_key_data(lane.key), dtype=jnp.dtype(dtype)).weights
     factors = jnp.where(lane.small, lane.scale, 1).astype(dtype)
-    return net.with_weights([w * factor for w, factor in zip(net.weights, factors, strict=True)])
-
-
-def _options(structure: Structure, common: Common, lane: LaneValues) -> dict[str, Any]:
-    return {"rtol": lane.rtol if structure.own_rtol else None, "save": common.save, **dict(structure.options)}
+    return tuple(w * factor for w, factor in zip(weights, factors, strict=True))
 
 
 def flow_in_chunks(structure: Structure, common: Common) -> Resumable:
-    """The same as `flow_lane`, a few attempts at a time."""
+    """The same as `flow_lane` from the initial weights, a few attempts at a time."""
     from ..flow.chunks import advance, begin, finish, plan_flow, running
 
     task = common.task.astype(structure.dtype)
 
     def plan(lane: LaneValues) -> PyTree:
-        return plan_flow(initial_network(structure, lane), task, common.until, **_options(structure, common, lane))
+        net = MLP.from_weights(initial_weights(structure.sizes, structure.dtype, lane), structure.activation)
+        return plan_flow(net, task, common.until, **_options(structure, common, lane.rtol))
 
     return Resumable(plan, begin, advance, running, lambda plan, state: measure_flow(structure, finish(plan, state)))
+
+
+def _options(structure: Structure, common: Common, rtol: Float[Array, ""]) -> dict[str, Any]:
+    return {"rtol": rtol if structure.own_rtol else None, "save": common.save, **dict(structure.options)}

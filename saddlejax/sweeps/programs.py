@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._host.stopping import check_stopped
-from .lane import Common, LaneValues, Structure, flow_in_chunks, flow_lane
+from ..networks.mlp import Weights
+from .lane import Common, LaneValues, Structure, flow_in_chunks, flow_lane, initial_weights
 from .refill import Refilled, refilled_map
 
 IN_A_ROW = 8  # lanes in a call, so that calling costs little
@@ -37,7 +38,7 @@ class Program:
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        """The results, on the host."""
+        """The results, computed."""
         kind = (jax.tree.structure(arguments), *map(np.shape, jax.tree.leaves(arguments)), current_device())
         with self._lock:
             if kind not in self._compiled:
@@ -45,7 +46,7 @@ class Program:
                 self._compiled.add(kind)
         with contextlib.nullcontext() if jax.default_backend() == "cpu" else _devices_in_use[current_device()]:
             check_stopped()
-            return jax.device_get(self._run(*arguments))
+            return jax.block_until_ready(self._run(*arguments))
 
 
 def current_device() -> Any:
@@ -55,7 +56,7 @@ def current_device() -> Any:
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)
 def one_lane(structure: Structure) -> Any:
-    """The function of one lane of a structure, `(common, lane) -> measurements`, traced once a process."""
+    """The function of one lane of a structure, `(common, weights, rtol) -> measurements`, traced once a process."""
     return jax.jit(functools.partial(flow_lane, structure))
 
 
@@ -64,17 +65,24 @@ def _program(structure: Structure) -> Program:
     """The program of up to `IN_A_ROW` lanes of a structure, made once a process."""
     measurements = one_lane(structure)
 
-    def run(common: Common, lanes: LaneValues, count: Array) -> dict[str, PyTree]:
-        lane = lambda number: jax.tree.map(lambda a: a[number], lanes)  # noqa: E731
+    def run(common: Common, weights: Weights, rtol: Float[Array, " lanes"], count: Int[Array, ""]) -> dict[str, PyTree]:
+        def lane(number: Array | int) -> tuple[Common, Weights, Array]:
+            return common, *jax.tree.map(lambda a: a[number], (weights, rtol))
 
         def compute(number: Array, results: dict[str, PyTree]) -> dict[str, PyTree]:
-            return jax.tree.map(lambda all, new: all.at[number].set(new), results, measurements(common, lane(number)))
+            return jax.tree.map(lambda all, new: all.at[number].set(new), results, measurements(*lane(number)))
 
-        shapes = jax.eval_shape(measurements, common, lane(0))
+        shapes = jax.eval_shape(measurements, *lane(0))
         places = jax.tree.map(lambda a: jnp.zeros((IN_A_ROW, *a.shape), a.dtype), shapes)
         return jax.lax.fori_loop(0, count, compute, places)
 
     return Program(run)
+
+
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
+def _weights_program(sizes: tuple[int, ...], dtype: str) -> Program:
+    """The program that draws the initial weights of some lanes: apart, since it is the same for all activations."""
+    return Program(jax.vmap(functools.partial(initial_weights, sizes, dtype)))
 
 
 def run_one_by_one(structure: Structure, common: Common, lanes: Sequence[LaneValues]) -> list[dict[str, PyTree]]:
@@ -82,7 +90,10 @@ def run_one_by_one(structure: Structure, common: Common, lanes: Sequence[LaneVal
     found: list[dict[str, PyTree]] = []
     for first in range(0, len(lanes), IN_A_ROW):
         few = lanes[first : first + IN_A_ROW]
-        found += _apart(_program(structure)(common, _stacked(few, IN_A_ROW), np.asarray(len(few))), len(few))
+        values = _stacked(few, IN_A_ROW)
+        weights = _weights_program(structure.sizes, structure.dtype)(values)
+        results = _program(structure)(common, weights, values.rtol, np.asarray(len(few)))
+        found += _apart(results, len(few))
     return found
 
 
@@ -114,6 +125,8 @@ def _stacked(lanes: Sequence[LaneValues], room: int) -> LaneValues:
 
 
 def _apart(results: dict[str, PyTree], lanes: int) -> list[dict[str, PyTree]]:
+    """The results of each lane, on the host."""
+    results = jax.device_get(results)
     return [jax.tree.map(lambda a, lane=lane: a[lane, ...], results) for lane in range(lanes)]
 
 
