@@ -13,10 +13,10 @@ from rich.table import Table
 
 from .. import _check, plot, tasks
 from .._check import layer_indices
+from .._numerics import power_of_ten
 from ..flow import Flow, Loss, Save, Status, gradient_flow
 from ..flow._gradient_flow import KINKED_RTOL, STIFF_RTOL
 from ..flow.plateaus import Plateaus
-from ..flow.result import power_of_ten
 from ..networks.activation_class import slope_jumps
 from ..networks.mlp import MLP, scale_layers
 from ..tasks.task import zero_loss

@@ -11,11 +11,12 @@ import scipy
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
+from .._numerics import power_of_ten
 from ..curvature.stationary import StationaryPoint, nearby_stationary_point
 from ..networks.activation_class import slope_jumps
 from ..networks.mlp import AbstractNetwork
 from ..tasks.task import Task
-from .result import Flow, power_of_ten
+from .result import Flow
 from .rounding import log_gradient_rounding, log_sensitivity
 from .status import Status
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import _check
+from .._numerics import power_of_ten as power_of_ten
 from ..networks.mlp import AbstractNetwork, Weights
 from ..tasks.task import Task
 from .status import Status
@@ -139,16 +140,6 @@ def trim(flow: Flow, rows: int) -> Flow:
     # Through NumPy, since slicing a JAX array compiles anew for every length.
     cut = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[:rows]), series(flow))
     return eqx.tree_at(series, flow, cut, is_leaf=lambda leaf: leaf is None)
-
-
-def power_of_ten(log_value: float, digits: int = 5) -> str:
-    """A number from its natural logarithm, however large, with so many digits after the first."""
-    if not np.isfinite(log_value):
-        return str(np.exp(log_value))
-    exponent = int(np.floor(log_value / np.log(10)))
-    if exponent < -4 or exponent > 5:
-        return f"{np.exp(log_value - exponent * np.log(10)):.{digits}f}e{exponent:+d}"
-    return f"{np.exp(log_value):.{max(digits - exponent, 0)}f}"
 
 
 def _summary(flow: Flow) -> str:
