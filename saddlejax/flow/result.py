@@ -1,6 +1,7 @@
 """The record of a flow."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,12 +13,10 @@ from .. import _check
 from .._numerics import power_of_ten as power_of_ten
 from ..networks.mlp import AbstractNetwork, Weights
 from ..tasks.task import Task
+from .plateaus import Plateaus, plateaus
 from .status import Status
 from .task_reference import TaskReference
 from .until import AbstractUntil, in_words
-
-if TYPE_CHECKING:
-    from .plateaus import Plateaus
 
 SMALLEST_DROP = 1e-3
 """An escape, measured or predicted, at which less of the loss is lost than this share is reported with a word."""
@@ -108,10 +107,8 @@ class Flow(eqx.Module):
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
 
-    def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
+    def plateaus(self, task: Task | Callable[[Any], Array] | None = None, **options: Any) -> Plateaus:
         """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
-        from .plateaus import plateaus
-
         return plateaus(self, task, **options)
 
     def __str__(self) -> str:
