@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _check
-from ..curvature.krylov import Function, KrylovProblem, KrylovSpace, phi
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
+from ..curvature.lanczos import Function, KrylovProblem, KrylovSpace, phi
 
 
 class Work(NamedTuple):

@@ -1,6 +1,7 @@
 """The record of a flow."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,14 +10,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
+from .._numerics import power_of_ten as power_of_ten
 from ..networks.mlp import AbstractNetwork
 from ..tasks.task import Task
+from .plateaus import Plateaus, plateaus
 from .status import Status
 from .task_reference import TaskReference
 from .until import AbstractUntil, in_words
-
-if TYPE_CHECKING:
-    from .plateaus import Plateaus
 
 SMALLEST_DROP = 1e-3
 """An escape, measured or predicted, at which less of the loss is lost than this share is reported with a word."""
@@ -137,10 +137,8 @@ class Flow(eqx.Module):
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
 
-    def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
+    def plateaus(self, task: Task | Callable[[Any], Array] | None = None, **options: Any) -> Plateaus:
         """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
-        from .plateaus import plateaus
-
         return plateaus(self, task, **options)
 
     def __str__(self) -> str:
@@ -170,16 +168,6 @@ def trim(flow: Flow, rows: int) -> Flow:
     # Through NumPy, since slicing a JAX array compiles anew for every length.
     cut = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[:rows]), series(flow))
     return eqx.tree_at(series, flow, cut, is_leaf=lambda leaf: leaf is None)
-
-
-def power_of_ten(log_value: float, digits: int = 5) -> str:
-    """A number from its natural logarithm, however large, with so many digits after the first."""
-    if not np.isfinite(log_value):
-        return str(np.exp(log_value))
-    exponent = int(np.floor(log_value / np.log(10)))
-    if exponent < -4 or exponent > 5:
-        return f"{np.exp(log_value - exponent * np.log(10)):.{digits}f}e{exponent:+d}"
-    return f"{np.exp(log_value):.{max(digits - exponent, 0)}f}"
 
 
 def _summary(flow: Flow) -> str:

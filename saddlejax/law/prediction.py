@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
+from .._numerics import power_of_ten
 from ..curvature.sharpness import sharpness
 from ..flow import Escape, Flow, Save, Status, gradient_flow
-from ..flow.result import SMALLEST_DROP, power_of_ten
+from ..flow.result import SMALLEST_DROP
 from ..networks.activations import Activation, ActivationParts
 from ..networks.mlp import (
     AbstractNetwork,

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
-from ..curvature.sharpness import ritz_values
+from ..curvature.lanczos import ritz_values
 from ..flow import Flow, Save, gradient_flow
 from ..flow.result import trim
 from ..flow.until import AbstractUntil

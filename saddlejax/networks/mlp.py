@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
+from .._numerics import safe_norm as safe_norm
 from .activations import Activation, ActivationParts, activation_name
 from .elementwise import check_elementwise, is_array
 from .random_weights import standard_normal
@@ -302,12 +303,3 @@ def scale_layers(net: Net, scale: float | Array, layers: Sequence[int] | int | N
 def layer_norms(net: AbstractNetwork) -> Float[Array, " layers"]:
     """The Frobenius norms `‖W_l‖_F`, safe from underflow and overflow of the squares."""
     return jnp.stack([safe_norm(w) for w in net.weights])
-
-
-def safe_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
-    """Euclidean norm of all entries, whose squares may underflow or overflow; differentiable, 0 at 0."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(array)))
-    unit = jnp.where(largest == 0, 1, largest)
-    squares = jnp.sum(jnp.square(array / unit))
-    zero = squares == 0
-    return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
