@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import saddlejax as sj
+from saddlejax.networks import AbstractNetwork
 from saddlejax.networks.activation_class import slope_jumps
-from saddlejax.networks.mlp import AbstractNetwork
-from saddlejax.tasks.task import task_loss
+from saddlejax.objective import task_loss
 
 KEY = jax.random.key(4)
 ONE = sj.Task([[1.0]], [[1.0]])

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..networks.activations import Activation
+from ..objective import task_loss
 from ..saddle.origin import origin_matrix
-from ..tasks.task import Task, task_loss
+from ..tasks.task import Task
 from .network import BlockMLP
 
 QUADRATURE_NODES = 80

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
-from ..networks.random_weights import standard_normal
+from .._numerics import standard_normal
 from .losses import mse
 from .task import Task
 
