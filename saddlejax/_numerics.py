@@ -1,14 +1,18 @@
 """Numbers and arrays, whatever they stand for: precision, norms and random draws."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Tree = TypeVar("Tree")
+Numbers = Sequence[float | int] | Array | np.ndarray
+"""A sequence of numbers, or an array."""
 
 LEAST_DRAW = 1024
 
@@ -37,7 +41,7 @@ def safe_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
-def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype | type = float) -> Float[Array, "..."]:
+def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = float) -> Float[Array, "..."]:
     """Independent standard normal numbers, cut from a vector whose length is a power of two.
 
     With JAX's default generator they are those of `jax.random.normal`. XLA takes up to five times longer to compile that

@@ -14,7 +14,7 @@ from .objective import task_loss
 from .tasks.task import Task
 
 PerLayer = Float[Array, " hidden_layers"]
-PerNeuron = list[Float[Array, " neurons"]]
+PerNeuron = list[Float[Array, " _"]]
 
 
 @overload

@@ -49,7 +49,7 @@ def keep_alive(weights, x, activation):
         z = h @ w.T
         w = w * np.where(z.sum(axis=0) > 0, 1, -1)[:, None] / np.sqrt(np.mean(z**2))
         scaled.append(w)
-        h = np.asarray(activation(h @ w.T))
+        h = np.asarray(activation(jnp.asarray(h @ w.T)))
     return scaled
 
 

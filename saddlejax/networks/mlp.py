@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
+from numpy.typing import ArrayLike
 
 from .. import _check
 from .._numerics import in_precision, safe_norm as safe_norm, standard_normal
@@ -52,7 +55,7 @@ class MLP(AbstractNetworkOfParts):
         activation: str | Activation = "relu",
         *,
         key: PRNGKeyArray,
-        dtype: jnp.dtype | type | None = None,
+        dtype: DTypeLike | None = None,
     ):
         sizes = _check.layer_sizes("sizes", sizes)
         dtype = jnp.result_type(float) if dtype is None else dtype
@@ -66,7 +69,9 @@ class MLP(AbstractNetworkOfParts):
         self.weights = tuple(he_normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
 
     @classmethod
-    def from_weights(cls, weights: Sequence[Array], activation: str | Activation = "relu") -> "MLP":
+    def from_weights(
+        cls, weights: Sequence[ArrayLike] | Array | np.ndarray, activation: str | Activation = "relu"
+    ) -> "MLP":
         """The network with given weights, a sequence of `L` arrays of shape `(fan_out, fan_in)`.
 
         **Raises:** `ValueError` where the shapes of neighbouring layers do not fit, for weights in half precision or
@@ -88,12 +93,12 @@ class MLP(AbstractNetworkOfParts):
         return f"MLP {sizes}, {activation_name(self.activation)}, {self.weights[0].dtype}"
 
 
-def he_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype | type) -> Float[Array, "fan_out fan_in"]:
+def he_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "fan_out fan_in"]:
     """The initial weights of a layer, `N(0, 2/fan_in)`."""
     return jnp.sqrt(jnp.asarray(2 / shape[1], dtype)) * standard_normal(key, shape, dtype)
 
 
-def _arrays(argument: str, weights: Sequence[Array]) -> list[Array]:
+def _arrays(argument: str, weights: Sequence[ArrayLike] | Array | np.ndarray) -> list[Array]:
     try:
         return [jnp.asarray(w) for w in weights]
     except (TypeError, ValueError) as error:

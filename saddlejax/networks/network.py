@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from .._numerics import safe_norm
 from .activations import Activation, ActivationParts
 
-Weights = tuple[Float[Array, "fan_out fan_in"], ...]
-Net = TypeVar("Net", bound="AbstractNetwork")
+Weights = tuple[Float[Array, "_ _"], ...]
+"""One matrix `(fan_out, fan_in)` a layer."""
 
 
 class AbstractNetwork(eqx.Module):
@@ -50,9 +50,12 @@ class AbstractNetwork(eqx.Module):
         """The output `f(x)` for one sample."""
         return predict(self, x)
 
-    def with_weights(self, weights: Sequence[Array]) -> Self:
+    def with_weights(self: "Net", weights: Sequence[Array]) -> "Net":
         """The same network with other weights."""
         return eqx.tree_at(lambda net: net.weights, self, tuple(weights))
+
+
+Net = TypeVar("Net", bound=AbstractNetwork)
 
 
 class AbstractNetworkOfParts(AbstractNetwork):

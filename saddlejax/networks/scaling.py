@@ -7,9 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.typing import ArrayLike
 
 from .. import _check
+from .._numerics import Numbers
 from .checks import is_perceptron
 
 Model = TypeVar("Model")
@@ -17,7 +18,7 @@ Model = TypeVar("Model")
 
 def scale_layers(
     model: Model,
-    scale: float | Sequence[float] | Array,
+    scale: ArrayLike | Numbers,
     layers: Sequence[int] | np.ndarray | int | None = None,
     *,
     where: Callable[[Model], Any] | None = None,
