@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from . import _check
-from .networks.mlp import AbstractNetwork, is_perceptron
+from .networks.checks import is_perceptron
 
 Trainable = Callable[[Any], bool] | PyTree
 """Which arrays of a model move: a filter as of `equinox.partition`, a function of a leaf or a tree of truth values."""
@@ -91,7 +91,7 @@ class Parameters(eqx.Module):
                 "model",
                 "have at least one floating-point array that moves",
                 f"a {type(model).__name__} without",
-                "JAX arrays train; NumPy arrays, whole numbers and static fields do not.",
+                "Arrays move; Python numbers, whole numbers and static fields do not.",
             )
         names = tuple(jax.tree_util.keystr(path).lstrip(".") for path, _ in paths)
         return cls(tuple(array for _, array in paths), rest, structure, names)
@@ -113,7 +113,7 @@ class Parameters(eqx.Module):
 
 def trainable_filter(model: PyTree) -> Trainable:
     """Which leaves of a model move by default: see [`saddlejax.parameters.Parameters`][]."""
-    if not (isinstance(model, AbstractNetwork) and is_perceptron(model)):
+    if not is_perceptron(model):
         return eqx.is_inexact_array
     nothing = jax.tree.map(lambda _: False, model)
     return eqx.tree_at(lambda net: net.weights, nothing, replace=tuple(True for _ in model.weights))
