@@ -38,6 +38,7 @@ from .saddle import (
     EscapeDirection as EscapeDirection,
     escape_direction as escape_direction,
     low_rank_margin as low_rank_margin,
+    saddle_order as saddle_order,
     signal_energy as signal_energy,
 )
 from .saddle.energy_growth import signal_growth as signal_growth

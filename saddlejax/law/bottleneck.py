@@ -1,6 +1,7 @@
 """Which layers of a network are small: its bottleneck."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..manifold.network import BlockMLP
-from ..networks.mlp import AbstractNetwork, check_network, layer_norms
+from ..networks.mlp import AbstractNetwork, check_network, is_perceptron, layer_norms
+from ..parameters import Parameters
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
@@ -67,3 +69,28 @@ def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> t
     if not chosen:
         raise _check.fail("layers", "name at least one layer", list(chosen))
     return tuple(sorted(chosen))
+
+
+def chosen_groups(
+    parameters: Parameters, layers: Sequence[int] | int | None, where: Callable[[Any], Any] | None
+) -> tuple[int, ...]:
+    """The groups of parameters that are small, in increasing order: the layers of a perceptron, arrays of any model.
+
+    `layers` or `where` name them; where neither does, they are the bottleneck of a perceptron, and all groups of another
+    model.
+    """
+    if where is not None:
+        if layers is not None:
+            raise _check.fail("where", "be left out where layers are given", "given as well")
+        return parameters.indices(where)
+    model = parameters.model
+    if isinstance(model, AbstractNetwork) and is_perceptron(model) and len(parameters.arrays) == model.depth:
+        return chosen_layers(model, layers)
+    if layers is not None:
+        raise _check.fail(
+            "layers",
+            "be left out where the model is no perceptron of saddlejax",
+            repr(layers),
+            f"Name the arrays that are small: where=lambda m: [m.{parameters.names[0]}].",
+        )
+    return tuple(range(len(parameters.arrays)))
