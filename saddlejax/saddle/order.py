@@ -1,7 +1,7 @@
 """The order of a saddle: the power of the init scale with which a model begins to lower its loss."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,8 @@ from ..objective import Problem, TaskObjective, as_problem, in_precision, output
 from ..parameters import Trainable
 from ..tasks.task import Task
 from .relaxed import own_terms, relaxed
+
+Result = TypeVar("Result")
 
 _LARGEST, _SMALLEST, _PER_DECADE = 1, -9, 4  # decades of the scales at which the signal is looked at
 _TOGETHER = 4  # neighbouring slopes that must agree on a whole number
@@ -120,17 +122,18 @@ def saddle_order(
     **Example:** `saddle_order(eqx.nn.MLP(64, 10, 24, 2, jax.nn.gelu, key=key), task).order` is 3.
     """
     problem = as_problem(model, task, trainable)
-    return measured_order(problem, chosen_groups(problem.parameters, layers, where))
+    small = chosen_groups(problem.parameters, layers, where)
+    return in_widest(lambda problem: saddle_point(problem, small)[0], problem)
 
 
-def measured_order(problem: Problem, small: tuple[int, ...]) -> SaddleOrder:
-    """The order for groups that are known: in double precision where nothing is traced."""
+def in_widest(function: Callable[[Problem], Result], problem: Problem) -> Result:
+    """A function of a problem, in double precision where nothing is traced; its result in the problem's own precision."""
     dtype = problem.parameters.arrays[0].dtype
     if not _check.is_concrete(problem):
-        return _measure(problem, small)
+        return function(problem)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        found = _measure(in_double(problem), small)
-        return jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float64 else a, found)
+        found = function(in_double(problem))
+        return jax.tree.map(lambda a: a.astype(dtype) if getattr(a, "dtype", None) == jnp.float64 else a, found)
 
 
 def in_double(problem: Problem) -> Problem:
@@ -144,7 +147,8 @@ def in_double(problem: Problem) -> Problem:
 
 
 @eqx.filter_jit
-def _measure(problem: Problem, small: tuple[int, ...]) -> SaddleOrder:
+def saddle_point(problem: Problem, small: tuple[int, ...]) -> tuple[SaddleOrder, tuple[Array, ...]]:
+    """The saddle at which the small groups are zero: its order, and all groups there."""
     arrays = problem.parameters.arrays
     dtype = arrays[0].dtype
     units = {group: unit_group(arrays[group], group) for group in small}
@@ -182,7 +186,7 @@ def _measure(problem: Problem, small: tuple[int, ...]) -> SaddleOrder:
     doubt = jnp.where(near & (whole == order), doubt, jnp.inf)
     best = jnp.argmin(jnp.where(jnp.isnan(doubt), jnp.inf, doubt))
     nan = lambda value: jnp.where(found, value, jnp.nan).astype(dtype)  # noqa: E731
-    return SaddleOrder(
+    measured = SaddleOrder(
         order=nan(order),
         slope=nan(slopes[best]),
         signal=nan(values[best + 1] * jnp.exp(-order * jnp.log(scales[best + 1])) / order),
@@ -191,6 +195,7 @@ def _measure(problem: Problem, small: tuple[int, ...]) -> SaddleOrder:
         names=problem.parameters.names,
         small=small,
     )
+    return measured, base
 
 
 def unit_group(array: Array, group: int) -> Array:
