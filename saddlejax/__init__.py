@@ -10,10 +10,14 @@ from .flow import (
     ExponentialRosenbrock as ExponentialRosenbrock,
     Flow as Flow,
     Loss as Loss,
+    PlateauClock as PlateauClock,
+    PlateauController as PlateauController,
+    PlateauSolver as PlateauSolver,
     Save as Save,
     Status as Status,
     Time as Time,
     gradient_flow as gradient_flow,
+    plateau_clock as plateau_clock,
 )
 from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
@@ -39,8 +43,8 @@ from .saddle import (
     signal_energy as signal_energy,
 )
 from .saddle.energy_growth import signal_growth as signal_growth
-from .sweeps import sweep as sweep
-from .sweeps.scan import escape_scan as escape_scan
+# TMP from .sweeps import sweep as sweep
+# TMP from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task
 from .tasks.losses import cross_entropy as cross_entropy, mse as mse
 

@@ -141,3 +141,8 @@ def trainable_filter(model: PyTree) -> Trainable:
         return eqx.is_inexact_array
     nothing = jax.tree.map(lambda _: False, model)
     return eqx.tree_at(lambda net: net.weights, nothing, replace=tuple(True for _ in model.weights))
+
+
+def rank(shape: tuple[int, ...]) -> int:
+    """The largest rank that a group of this shape can have, as a matrix `(shape[0], rest)`; one for vectors and numbers."""
+    return 1 if len(shape) < 2 else min(shape[0], math.prod(shape[1:]))

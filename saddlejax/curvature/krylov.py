@@ -57,6 +57,11 @@ class KrylovSpace(eqx.Module):
     error: Float[Array, " n"]
     used: Int[Array, ""]
 
+    @property
+    def extremes(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The lowest and the highest eigenvalue of `A` seen from `v`, zero if that is positive, or negative."""
+        return jnp.min(self.values), jnp.max(self.values)
+
     def apply(self, *functions: Function) -> Float[Array, "functions n"]:
         """`g(A) v` for scalar functions `g` given on arrays, a row each."""
         projected = jnp.stack([_projected(self.values, self.vectors, function) for function in functions])
@@ -67,12 +72,12 @@ class Applied(eqx.Module):
     """Functions of a matrix times a vector.
 
     - `results`: `g(A) v`, a row for each function.
-    - `largest`: the largest eigenvalue of `A` seen from `v`, zero if that is negative.
+    - `extremes`: the lowest and the highest eigenvalue of `A` seen from `v`, zero if that is positive, or negative.
     - `error`, `used`: of the Krylov space.
     """
 
     results: Float[Array, "functions n"]
-    largest: Float[Array, ""]
+    extremes: tuple[Float[Array, ""], Float[Array, ""]]
     error: Float[Array, " n"]
     used: Int[Array, ""]
 
@@ -127,7 +132,7 @@ class KrylovProblem:
 
         def applied(grown: Lanczos) -> Applied:
             space = grown.space(norm)
-            return Applied(space.apply(*functions), jnp.max(space.values), space.error, space.used)
+            return Applied(space.apply(*functions), space.extremes, space.error, space.used)
 
         small = self._small()
         if self._room(self.size) == self._room(FIRST):
