@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-ATTEMPTS = 4
 AT_ONCE = 8  # a refill waits for one slot in so many to be free
 
 
@@ -15,8 +14,8 @@ class Resumable(NamedTuple):
     """The computation of one lane, which can be interrupted and gone on with.
 
     - `plan(values)`: what to compute, from the lane's own values.
-    - `begin(plan)`: the state before the first attempt.
-    - `advance(plan, state, attempts)`: the state after at most so many more attempts.
+    - `begin(plan)`: the state before the first step.
+    - `advance(plan, state)`: the state after a chunk of further steps.
     - `running(state)`: whether there is more to do.
     - `finish(plan, state)`: the result.
 
@@ -25,7 +24,7 @@ class Resumable(NamedTuple):
 
     plan: Callable[[Any], PyTree]
     begin: Callable[[Any], PyTree]
-    advance: Callable[[Any, Any, int], PyTree]
+    advance: Callable[[Any, Any], PyTree]
     running: Callable[[Any], Array]
     finish: Callable[[Any, Any], PyTree]
 
@@ -59,12 +58,10 @@ class _Batch(NamedTuple):
     busy: Int[Array, ""]
 
 
-def refilled_map(
-    computation: Resumable, lanes: PyTree, count: Int[Array, ""], slots: int, attempts: int = ATTEMPTS
-) -> Refilled:
+def refilled_map(computation: Resumable, lanes: PyTree, count: Int[Array, ""], slots: int) -> Refilled:
     """The results of the first `count` lanes, computed in a batch of `slots`.
 
-    All slots advance together by a chunk of `attempts`, as under `vmap`. As soon as an eighth of them have finished, their
+    All slots advance together by one chunk after another, as under `vmap`. As soon as an eighth of them have finished, their
     results are put aside and the next lanes start there. The results of lanes from `count` on are zeros.
 
     **Arguments:** `lanes`, the own values of the lanes with a leading axis.
@@ -73,7 +70,7 @@ def refilled_map(
     slots = min(slots, total)
     together = max(1, slots // AT_ONCE)
     begin = jax.vmap(lambda values: computation.begin(computation.plan(values)))
-    advance = jax.vmap(lambda values, state: computation.advance(computation.plan(values), state, attempts))
+    advance = jax.vmap(lambda values, state: computation.advance(computation.plan(values), state))
     finish = jax.vmap(lambda values, state: computation.finish(computation.plan(values), state))
     running = jax.vmap(computation.running)
 
