@@ -22,17 +22,15 @@ from .flow import (
 from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
 from .law.bottleneck import bottleneck_layers as bottleneck_layers
+from .law.budget import bottleneck_for_steps as bottleneck_for_steps, scale_for_steps as scale_for_steps
 from .law.exponent import critical_exponent as critical_exponent
-from .law.prediction import (
-    EscapePrediction as EscapePrediction,
-    bottleneck_for_steps as bottleneck_for_steps,
-    predict_escape as predict_escape,
-    scale_for_steps as scale_for_steps,
-)
+from .law.predict import predict_escape as predict_escape
+from .law.prediction import EscapePrediction as EscapePrediction
 from .law.universality import collapse as collapse
 from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .networks.activations import ACTIVATIONS as ACTIVATIONS
-from .networks.mlp import MLP as MLP, scale_layers as scale_layers
+from .networks.mlp import MLP as MLP
+from .networks.scaling import scale_layers as scale_layers
 from .norm_imbalance import (
     imbalance as imbalance,
     imbalance_matrices as imbalance_matrices,
@@ -42,12 +40,13 @@ from .saddle import (
     EscapeDirection as EscapeDirection,
     escape_direction as escape_direction,
     low_rank_margin as low_rank_margin,
+    saddle_order as saddle_order,
     signal_energy as signal_energy,
 )
 from .saddle.energy_growth import signal_growth as signal_growth
-
-# TMP from .sweeps import sweep as sweep
-# TMP from .sweeps.scan import escape_scan as escape_scan
+from .saddle.signal import signal_strength as signal_strength
+from .sweeps import sweep as sweep
+from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task
 from .tasks.losses import cross_entropy as cross_entropy, mse as mse
 

@@ -101,7 +101,7 @@ def layer_sizes(argument: str, sizes: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def layer_indices(layers: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
+def layer_indices(layers: Sequence[int] | np.ndarray | int | None, depth: int) -> tuple[int, ...]:
     """Indices of layers, counted from 0 (negative from the end), in the order given; None means all."""
     if layers is None:
         return tuple(range(depth))

@@ -1,16 +1,20 @@
 """The norm imbalance of neighbouring layers, and the exact identity for its rate of change."""
 
+import itertools
 from typing import Literal, overload
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .gradient import gradient
-from .networks.mlp import AbstractNetwork, check_network
-from .tasks.task import Task, check_fits, match_precision
+from .networks.checks import check_network
+from .networks.fits import check_perceptron_fits, match_precision
+from .networks.network import AbstractNetwork
+from .objective import task_loss
+from .tasks.task import Task
 
 PerLayer = Float[Array, " hidden_layers"]
-PerNeuron = list[Float[Array, " neurons"]]
+PerNeuron = list[Float[Array, " _"]]
 
 
 @overload
@@ -33,7 +37,7 @@ def imbalance(net: AbstractNetwork, *, per_neuron: bool = False) -> PerLayer | P
     check_network(net)
     neurons = [
         jnp.sum(jnp.square(above), axis=0) - jnp.sum(jnp.square(below), axis=1)
-        for below, above in zip(net.weights[:-1], net.weights[1:], strict=True)
+        for below, above in itertools.pairwise(net.weights)
     ]
     return neurons if per_neuron else sum_neurons(neurons, net.weights[0].dtype)
 
@@ -43,15 +47,16 @@ def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: Literal[Fals
 @overload
 def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: Literal[True]) -> PerNeuron: ...
 def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: bool = False) -> PerLayer | PerNeuron:
-    """The rate of change of the imbalance under gradient flow, from one forward and one backward pass.
+    """The rate of change of the imbalance under gradient flow, from the gradient of the loss.
 
-    `dΔ_l/dt = 2 E⟨W_{l+1}ᵀ δ_{l+1}, φ(z_l)⟩` with `φ(z) = z σ'(z) − σ(z)` and `δ_l = ∂c/∂z_l`: exact for any
-    differentiable activation `σ` and loss `c` (Rawal & DeWeese, arXiv:2605.01288), and, with the products taken
-    entry by entry, for every hidden neuron.
+    `dΔ_l/dt = 2⟨W_l, ∂_l⟩ − 2⟨W_{l+1}, ∂_{l+1}⟩` with `∂_l = ∂𝓛/∂W_l`; of a neuron, the row of `W_l ∘ ∂_l` that leads into
+    it and the column of `W_{l+1} ∘ ∂_{l+1}` that leads out of it. By the imbalance identity it is
+    `2 E⟨W_{l+1}ᵀ δ_{l+1}, φ(z_l)⟩` with `φ(z) = z σ'(z) − σ(z)` and `δ_l = ∂c/∂z_l`, for any differentiable activation `σ`
+    and loss `c` (Rawal & DeWeese, arXiv:2605.01288): zero where `σ` is homogeneous of degree one.
 
-    Relative to `‖W_l‖ ‖∂𝓛/∂W_l‖` the error is a few units of rounding. Relative to the rate itself it grows where
-    pre-activations are small: `φ ~ z^q` is then a difference of two numbers of the size of `z`, known to about
-    `eps / z^{q−1}` (for tanh in single precision not at all below `z ~ 1e-3`).
+    Relative to `‖W_l‖ ‖∂_l‖` the error is a few units of rounding. Relative to the rate itself it grows where
+    pre-activations are small: where `φ ~ z^q` the two products differ by a share of `z^{q−1}` only, so that the rate is
+    known to about `eps / z^{q−1}` (for tanh in single precision not at all below `z ~ 1e-3`).
 
     **Arguments:**
 
@@ -63,9 +68,11 @@ def imbalance_rate(net: AbstractNetwork, task: Task, *, per_neuron: bool = False
 
     **Raises:** `ValueError` where the network does not fit the task, or its weights are not finite.
     """
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     net, task = match_precision(net, task)
-    rates = list(gradient(net, task).neuron_rates)
+    slopes = jax.grad(lambda weights: task_loss(net.with_weights(weights), task))(net.weights)
+    products = [2 * w * slope for w, slope in zip(net.weights, slopes, strict=True)]
+    rates = [jnp.sum(below, axis=1) - jnp.sum(above, axis=0) for below, above in itertools.pairwise(products)]
     return rates if per_neuron else sum_neurons(rates, net.weights[0].dtype)
 
 
@@ -80,7 +87,7 @@ def imbalance_matrices(net: AbstractNetwork) -> list[Float[Array, "neurons neuro
     check_network(net)
     return [
         jnp.matmul(above.T, above, precision="highest") - jnp.matmul(below, below.T, precision="highest")
-        for below, above in zip(net.weights[:-1], net.weights[1:], strict=True)
+        for below, above in itertools.pairwise(net.weights)
     ]
 
 

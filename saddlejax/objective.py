@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from . import _check
+from ._numerics import in_precision
 from .networks.mlp import AbstractNetwork, is_perceptron
 from .parameters import Parameters, Trainable
 from .tasks.task import Task, zero_loss
@@ -40,7 +41,7 @@ class TaskObjective(AbstractObjective):
     task: Task
 
     def loss(self, model: PyTree) -> Float[Array, ""]:
-        return self.task.mean_loss(outputs(model, self.task.x))
+        return task_loss(model, self.task)
 
     def plateau(self) -> Float[Array, ""]:
         return zero_loss(self.task)
@@ -70,6 +71,11 @@ def outputs(model: PyTree, x: Float[Array, "samples ..."]) -> Float[Array, "samp
     """What a model puts out for every sample, one row each: what its `__call__` returns."""
     with jax.default_matmul_precision("highest"):
         return jax.vmap(model)(x)
+
+
+def task_loss(model: PyTree, task: Task) -> Float[Array, ""]:
+    """The loss `𝓛` of a model on a task."""
+    return task.mean_loss(outputs(model, task.x))
 
 
 def output_slopes(task: Task) -> Float[Array, "samples out"]:
@@ -123,11 +129,6 @@ def as_problem(model: PyTree, task: Task | Callable[[Any], Array], trainable: Tr
     _check_loss(objective, parameters)
     at_zero = objective.loss(parameters.with_arrays([jnp.zeros_like(a) for a in parameters.arrays]))
     return Problem(parameters, LossObjective(task, at_zero), perceptron)
-
-
-def in_precision(tree: Any, dtype: Any) -> Any:
-    """The same tree with its floating-point arrays in another precision."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def _check_outputs(model: PyTree, task: Task) -> None:

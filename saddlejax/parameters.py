@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from . import _check
-from .networks.mlp import AbstractNetwork, is_perceptron
+from .networks.checks import is_perceptron
 
 Trainable = Callable[[Any], bool] | PyTree
 """Which arrays of a model move: a filter as of `equinox.partition`, a function of a leaf or a tree of truth values."""
@@ -91,7 +91,7 @@ class Parameters(eqx.Module):
                 "model",
                 "have at least one floating-point array that moves",
                 f"a {type(model).__name__} without",
-                "JAX arrays train; NumPy arrays, whole numbers and static fields do not.",
+                "Arrays move; Python numbers, whole numbers and static fields do not.",
             )
         names = tuple(jax.tree_util.keystr(path).lstrip(".") for path, _ in paths)
         return cls(tuple(array for _, array in paths), rest, structure, names)
@@ -106,14 +106,38 @@ class Parameters(eqx.Module):
         """The model itself."""
         return self.with_arrays(self.arrays)
 
-    def with_arrays(self, arrays: Sequence[Array]) -> PyTree:
+    def with_arrays(self, arrays: Sequence[Any]) -> PyTree:
         """The model with other arrays in the places of the groups."""
         return eqx.combine(jax.tree.unflatten(self.structure, list(arrays)), self.rest)
+
+    def indices(self, where: Callable[[Any], Any]) -> tuple[int, ...]:
+        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in increasing order.
+
+        **Raises:** `ValueError` where it returns anything else, or nothing.
+        """
+        places = self.with_arrays([_Place(index) for index in range(len(self.arrays))])
+        found = jax.tree.leaves(where(places)) if callable(where) else [where]
+        strange = [part for part in found if not isinstance(part, _Place)]
+        if strange or not found:
+            raise _check.fail(
+                "where",
+                "be a function that returns parameter arrays of the model, or modules of them",
+                f"one that returns {type(strange[0]).__name__ if strange else 'none'}",
+                f"For instance lambda m: [m.{self.names[0].lstrip('.')}]. The arrays that move are {', '.join(self.names)}.",
+            )
+        return tuple(sorted({place.index for place in found}))
+
+
+class _Place:
+    """What stands for a group while a user's function picks groups out of a model."""
+
+    def __init__(self, index: int):
+        self.index = index
 
 
 def trainable_filter(model: PyTree) -> Trainable:
     """Which leaves of a model move by default: see [`saddlejax.parameters.Parameters`][]."""
-    if not (isinstance(model, AbstractNetwork) and is_perceptron(model)):
+    if not is_perceptron(model):
         return eqx.is_inexact_array
     nothing = jax.tree.map(lambda _: False, model)
     return eqx.tree_at(lambda net: net.weights, nothing, replace=tuple(True for _ in model.weights))

@@ -6,6 +6,7 @@ a folder, made for the run and deleted with it. It finds them by their contents,
 """
 
 import atexit
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -27,8 +28,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
+import jaxtyping
 import pytest
 
+if os.environ.get("SADDLEJAX_TYPECHECK", "1") == "1":  # before anything imports saddlejax
+    jaxtyping.install_import_hook("saddlejax", "beartype.beartype")
 jax.config.update("jax_enable_x64", True)
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that live
 
@@ -39,3 +43,20 @@ def _forget_what_was_compiled():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+_raises = pytest.raises
+
+
+@contextlib.contextmanager
+def _raises_untyped(*arguments, **options):
+    """`pytest.raises`, without run-time checks of types: what is given there is wrong on purpose, and the package says so."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with _raises(*arguments, **options) as found:
+            yield found
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+pytest.raises = _raises_untyped

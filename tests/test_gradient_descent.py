@@ -9,7 +9,7 @@ import optax.contrib
 import pytest
 
 import saddlejax as sj
-from saddlejax.tasks.task import task_loss
+from saddlejax.objective import task_loss
 
 TASK = sj.tasks.single_index(jnp.tanh, in_size=4, samples=30, key=jax.random.key(0))
 NET = sj.scale_layers(sj.MLP([4, 6, 5, 1], activation="tanh", key=jax.random.key(1)), 0.5)

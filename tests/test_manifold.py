@@ -10,7 +10,7 @@ from problems import HALF, SMALL
 
 import saddlejax as sj
 from saddlejax import manifold
-from saddlejax.tasks.task import task_loss
+from saddlejax.objective import task_loss
 
 KEY = jax.random.key(5)
 PARTITION = [2, [0, 1, 2, 0, 1, 2, 0, 2]]

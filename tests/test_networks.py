@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from scipy import special
 
 import saddlejax as sj
-from saddlejax.networks.mlp import preactivations, safe_norm
+from saddlejax._numerics import safe_norm
+from saddlejax.networks.network import preactivations
 
 KEY = jax.random.key(3)
 
@@ -57,6 +60,53 @@ def test_scale_layers_scales_the_chosen_layers_only():
     np.testing.assert_allclose(batched[1], 2 * net.weights[0])
 
 
+class Residual(sj.MLP):
+    """Adds its input."""
+
+    def __call__(self, x):
+        return x + super().__call__(x)
+
+
+class Gated(eqx.Module):
+    """A model with two arrays to scale, of which one is nested, whole numbers, a Python number and a function."""
+
+    gain: jax.Array
+    inner: dict
+    count: jax.Array
+    fixed: float
+    activation: Callable
+
+
+NET = sj.MLP([3, 4, 1], key=KEY)
+OTHER = eqx.nn.MLP(3, 1, 4, 2, key=KEY)
+RESIDUAL = Residual.from_weights(sj.MLP([3, 3, 3], key=KEY).weights)
+
+
+def ratios(model, scaled):
+    arrays = (jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)) for tree in (model, scaled))
+    return [float(jnp.ravel(b)[0] / jnp.ravel(a)[0]) for a, b in zip(*arrays, strict=True)]
+
+
+def test_scale_layers_scales_any_model():
+    gated = Gated(jnp.ones(2), {"w": jnp.full((2, 2), 3.0)}, jnp.arange(3), 2.0, jnp.tanh)
+    scaled = sj.scale_layers(gated, 0.1)
+    np.testing.assert_allclose(ratios(gated, scaled), [0.1, 0.1])
+    for name in ("count", "fixed", "activation"):
+        assert getattr(scaled, name) is getattr(gated, name)
+    # In the order in which they are picked, with subtrees and with a scale for each array.
+    picked = sj.scale_layers(gated, [0.5, 0.1], where=lambda m: [m.inner["w"], m.gain])
+    np.testing.assert_allclose(ratios(gated, picked), [0.1, 0.5])
+    one = sj.scale_layers(OTHER, 0.1, where=lambda m: m.layers[1])
+    np.testing.assert_allclose(ratios(OTHER, one), [1, 1, 0.1, 0.1, 1, 1])
+    np.testing.assert_allclose(ratios(OTHER, sj.scale_layers(OTHER, 0.1)), 6 * [0.1])
+    np.testing.assert_allclose(ratios(RESIDUAL, sj.scale_layers(RESIDUAL, 0.1)), 2 * [0.1])
+    # Arrays that share their memory are arrays of their own.
+    twice = Gated(gated.gain, {"w": gated.gain}, gated.count, gated.fixed, jnp.tanh)
+    np.testing.assert_allclose(ratios(twice, sj.scale_layers(twice, 0.1, where=lambda m: m.gain)), [0.1, 1])
+    batched = jax.vmap(lambda e: sj.scale_layers(OTHER, e, where=lambda m: m.layers[0].weight).layers[0].weight)
+    np.testing.assert_allclose(batched(jnp.array([1.0, 2.0]))[1], 2 * OTHER.layers[0].weight)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -82,6 +132,23 @@ def test_scale_layers_scales_the_chosen_layers_only():
         (lambda: sj.low_rank_margin([jnp.ones((2, 2), jnp.bfloat16)]), r"weights_or_net\[0\] must be in single"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), 0.1, layers=(1, -1)), "layers must name each layer once"),
         (lambda: sj.scale_layers(sj.MLP([3, 2, 1], key=KEY), [0.1, 0.2, 0.3]), "scale must be a number or 2 numbers"),
+        (lambda: sj.scale_layers(OTHER, 0.1, layers=0), "layers must choose among .* given for a MLP.*where=lambda m"),
+        (lambda: sj.scale_layers(RESIDUAL, 0.1, layers=0), "layers must choose among .* given for a Residual"),
+        (lambda: sj.scale_layers(NET, 0.1, layers=0, where=lambda m: m.weights), "layers must not be given together"),
+        (lambda: sj.scale_layers(OTHER, 0.1, where=lambda m: m.weights), r"where must pick arrays .*AttributeError"),
+        (lambda: sj.scale_layers(OTHER, 0.1, where=lambda m: m.depth), "where must pick floating-point .* picks a int"),
+        (lambda: sj.scale_layers(OTHER, 0.1, where=lambda m: m.activation), "where must pick floating-point arrays"),
+        (lambda: sj.scale_layers(OTHER, 0.1, where=lambda m: []), "where must pick at least one array"),
+        (
+            lambda: sj.scale_layers(OTHER, 0.1, where=lambda m: [m.layers[0].bias] * 2),
+            "where must pick each array once",
+        ),
+        (
+            lambda: sj.scale_layers(OTHER, [0.1, 0.2], where=lambda m: m.layers[0].bias),
+            "numbers, one for each chosen a",
+        ),
+        (lambda: sj.scale_layers(OTHER, 1e-320), "scale must be at least"),
+        (lambda: sj.scale_layers(3.0, 0.1), "model must be a model with floating-point arrays"),
         (lambda: sj.MLP.from_weights([jnp.ones((2, 3)), jnp.ones((1, 3))]), "weights must fit together"),
         (lambda: sj.MLP.from_weights([jnp.ones(3)]), r"weights\[0\] must be a matrix"),
         (lambda: sj.MLP.from_weights([]), "weights must hold at least one matrix"),

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import saddlejax as sj
+from saddlejax.networks import AbstractNetwork
 from saddlejax.networks.activation_class import slope_jumps
-from saddlejax.networks.mlp import AbstractNetwork
-from saddlejax.tasks.task import task_loss
+from saddlejax.objective import as_problem, task_loss
 
 KEY = jax.random.key(4)
 ONE = sj.Task([[1.0]], [[1.0]])
@@ -198,25 +198,15 @@ TASK = sj.Task(jnp.eye(2), jnp.ones((2, 2)))
 WEIGHTS = sj.MLP([2, 2, 2, 2], key=KEY).weights
 OTHERS = {
     "overrides __call__": Residual.from_weights(WEIGHTS),
-    "2 more, such as biases": Biased(WEIGHTS, (jnp.zeros(2), jnp.zeros(2)), jnp.tanh),
-    "Layers that share weights": Tied(WEIGHTS, jnp.tanh),
+    "holds 2 floating-point arrays .* such as biases": Biased(WEIGHTS, (jnp.zeros(2), jnp.zeros(2)), jnp.tanh),
+    "layers share weights": Tied(WEIGHTS, jnp.tanh),
     "elementwise": Soft(WEIGHTS, (), jax.nn.softmax),
 }
-TAKE_A_NETWORK = {
-    "gradient_flow": lambda net: sj.gradient_flow(net, TASK),
-    "gradient_descent": lambda net: sj.gradient_descent(net, TASK, optax.sgd(0.1), 1),
-    "predict_escape": lambda net: sj.predict_escape(net, TASK),
-    "predict_escape, layers": lambda net: sj.predict_escape(net, TASK, layers=0),
-    "scale_for_steps": lambda net: sj.scale_for_steps(net, TASK, 100.0, 0.1),
-    "scale_for_steps, layers": lambda net: sj.scale_for_steps(net, TASK, 100.0, 0.1, layers=0),
-    "bottleneck_for_steps": lambda net: sj.bottleneck_for_steps(net, TASK, 0.1, 100.0, 0.1),
+TAKE_A_PERCEPTRON = {
     "bottleneck_layers": sj.bottleneck_layers,
-    "critical_exponent": lambda net: sj.critical_exponent(net, TASK),
     "imbalance": sj.imbalance,
     "imbalance_rate": lambda net: sj.imbalance_rate(net, TASK),
     "imbalance_matrices": sj.imbalance_matrices,
-    "nearby_stationary_point": lambda net: sj.nearby_stationary_point(net, TASK),
-    "signal_energy": lambda net: sj.signal_energy(net, TASK),
     "instantaneous_speed": lambda net: sj.saddle.instantaneous_speed(net, TASK),
     "leading_order_loss": lambda net: sj.saddle.leading_order_loss(net, TASK),
     "layer_cosines": lambda net: sj.saddle.layer_cosines(net, WEIGHTS),
@@ -233,25 +223,42 @@ TAKE_A_NETWORK = {
 }
 
 
-@pytest.mark.parametrize("name", TAKE_A_NETWORK)
+@pytest.mark.parametrize("name", TAKE_A_PERCEPTRON)
 def test_networks_that_are_not_what_their_matrices_say_are_refused(name):
     for words, net in OTHERS.items():
         with pytest.raises(ValueError, match=words):
-            TAKE_A_NETWORK[name](net)
+            TAKE_A_PERCEPTRON[name](net)
 
 
-REMEDY = r"another Equinox module, .*MLP.*saddlejax\.MLP\.from_weights\(\[layer\.weight"
+REMEDY = r"another Equinox module, .*MLP.*saddlejax\.MLP\.from_weights\(\[layer\.weight.*energy_error .*saddle_order"
 
 
-@pytest.mark.parametrize("name", [*TAKE_A_NETWORK, "scale_layers"])
-def test_what_is_no_network_is_refused_with_what_to_do(name):
-    call = {**TAKE_A_NETWORK, "scale_layers": lambda net: sj.scale_layers(net, 0.1)}[name]
+@pytest.mark.parametrize("name", TAKE_A_PERCEPTRON)
+def test_what_is_no_perceptron_is_refused_with_what_to_do(name):
+    call = TAKE_A_PERCEPTRON[name]
     matrices_do = name in ("low_rank_margin", "stable_rank")
     with pytest.raises(ValueError, match=r"of type MLP.*\[layer\.weight for" if matrices_do else REMEDY):
         call(eqx.nn.MLP(2, 2, 2, 1, key=KEY))
     for other in (None, "net", 3.0):
         with pytest.raises(ValueError, match=r"^(net|small|weights_or_net) must be "):
             call(other)
+
+
+def test_any_network_is_a_model_whose_groups_are_what_it_holds():
+    """Of a perceptron its layers; of one that is more than that, all its arrays, and its output is that of `__call__`."""
+    perceptron, residual = sj.MLP.from_weights(WEIGHTS, Linear(jnp.asarray(2.0))), OTHERS["overrides __call__"]
+    assert as_problem(perceptron, TASK).parameters.names == ("weights[0]", "weights[1]", "weights[2]")
+    everything = as_problem(perceptron, TASK, trainable=eqx.is_inexact_array).parameters
+    assert len(everything.arrays) == 4 and everything.arrays[-1] == 2.0
+    for net, groups in (
+        (residual, 3),
+        (Biased(WEIGHTS, (jnp.zeros(2), jnp.ones(2)), jnp.tanh), 5),
+        (Tied(WEIGHTS, jnp.tanh), 3),
+    ):
+        problem = as_problem(net, TASK)
+        loop = jnp.mean(jnp.stack([sj.mse(net(x), y) for x, y in zip(TASK.x, TASK.y, strict=True)]))
+        assert len(problem.parameters.arrays) == groups
+        np.testing.assert_allclose(problem.loss(problem.parameters.arrays), loop, rtol=1e-10)
 
 
 def test_the_remedy_for_another_perceptron_works():

@@ -3,13 +3,15 @@
 import gzip
 import struct
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.tasks.task import task_loss, zero_loss
+from saddlejax.objective import as_problem, task_loss
+from saddlejax.tasks.task import zero_loss
 
 KEY = jax.random.key(5)
 
@@ -164,7 +166,14 @@ X, Y = np.ones((4, 3)), np.ones((4, 2))
     [
         (lambda: sj.Task(X, Y[:3]), "y must have one row for each of the 4 samples"),
         (lambda: sj.Task(X[:0], Y[:0]), "x must be a non-empty matrix"),
-        (lambda: sj.Task(X[0], Y), "x must be a non-empty matrix"),
+        (lambda: sj.Task(X[0], Y), r"x must be a non-empty matrix .* One number a sample is x\[:, None\]"),
+        (lambda: sj.Task(np.ones((4, 2, 0)), Y), r"x must be a non-empty matrix .* but it was of shape \(4, 2, 0\)"),
+        (lambda: sj.Task(np.ones((4, 1, 3)), Y).in_size, r"task\.x must be a matrix .* \(4, 1, 3\)\. Flatten"),
+        (
+            lambda: sj.gradient_flow(sj.MLP([3, 2], key=KEY), sj.Task(np.ones((4, 1, 3)), Y)),
+            "a perceptron takes vectors|one sample",
+        ),
+        (lambda: sj.signal_strength(X), "task must be a saddlejax.Task, but it was ndarray"),
         (lambda: sj.Task(X, Y[:, 0]), r"y must be a non-empty matrix .* One output a sample is y\[:, None\]"),
         (lambda: sj.Task(X * np.nan, Y), "x must be finite, but it was an array with 12 NaN"),
         (lambda: sj.Task(X, Y / 0.0), "y must be finite"),
@@ -199,3 +208,53 @@ def test_labels_know_their_classes():
     assert task.out_size == 2
     assert sj.Task(X, np.array([0, 1, 1, 0]), sj.cross_entropy, out_size=4).out_size == 4
     assert "cross_entropy" in str(task)
+
+
+class OfImages(eqx.Module):
+    """A convolution, and a linear layer."""
+
+    convolution: eqx.nn.Conv2d
+    linear: eqx.nn.Linear
+
+    def __init__(self, key):
+        first, second = jax.random.split(key)
+        self.convolution = eqx.nn.Conv2d(1, 2, 3, key=first)
+        self.linear = eqx.nn.Linear(32, 3, key=second)
+
+    def __call__(self, x):
+        return self.linear(jnp.ravel(jnp.tanh(self.convolution(x))))
+
+
+def test_samples_may_have_any_shape():
+    images = jax.random.normal(KEY, (5, 1, 6, 6))
+    task = sj.Task(images, jnp.array([0, 2, 1, 0, 1]), sj.cross_entropy, sample_weights=[0.1, 0.2, 0.3, 0.2, 0.2])
+    assert (task.samples, task.out_size) == (5, 3)
+    assert str(task) == "Task: 5 samples of shape (1, 6, 6), 3 outputs, loss cross_entropy, float64"
+    model = OfImages(KEY)
+    loop = sum(p * sj.cross_entropy(model(x), y) for p, x, y in zip(task.sample_weights, task.x, task.y, strict=True))
+    np.testing.assert_allclose(task_loss(model, task), loop, rtol=1e-10)
+    np.testing.assert_allclose(as_problem(model, task).objective.plateau(), np.log(3), rtol=1e-10)
+    assert task.astype("float32").x.dtype == jnp.float32
+    # Flattened, they are the task of a perceptron, and its linear signal is the same.
+    flat = sj.Task(images.reshape(5, -1), task.y, sj.cross_entropy, sample_weights=task.sample_weights)
+    assert flat.in_size == 36
+    np.testing.assert_allclose(sj.signal_strength(task), sj.signal_strength(flat), rtol=1e-10)
+
+
+def test_signal_strength_is_the_largest_singular_value_of_the_covariance():
+    strengths = [2.0, 4.0, 0.5]
+    assert float(sj.signal_strength(sj.tasks.linear_teacher(strengths, in_size=5))) == pytest.approx(4.0)
+    x, y = jax.random.normal(KEY, (30, 4)), jax.random.normal(KEY, (30, 3))
+    p = jax.nn.softmax(jax.random.normal(KEY, (30,)))
+    expected = np.linalg.norm(np.einsum("i,io,ij->oj", p, y, x), 2)
+    np.testing.assert_allclose(sj.signal_strength(sj.Task(x, y, sample_weights=p)), expected, rtol=1e-10)
+    # Cross-entropy at outputs of zero pulls by the labels, less their uniform share.
+    labels = jnp.argmax(y, axis=1)
+    centred = sj.Task(x, jax.nn.one_hot(labels, 3) - 1 / 3)
+    of_labels = sj.signal_strength(sj.Task(x, labels, sj.cross_entropy))
+    np.testing.assert_allclose(of_labels, sj.signal_strength(centred), rtol=1e-10)
+    # A parity of three signs has none, and an escape direction has the speed α^{L−1} Γ.
+    signs = np.array(np.meshgrid(*3 * [[-1.0, 1.0]])).reshape(3, -1).T
+    assert float(sj.signal_strength(sj.Task(signs, signs.prod(axis=1, keepdims=True)))) == pytest.approx(0, abs=1e-12)
+    best = sj.escape_direction(sj.Task(x, y), [4, 3, 3], "erf", starts=1, key=KEY)
+    np.testing.assert_allclose(best.speed, 2 / np.sqrt(np.pi) * sj.signal_strength(sj.Task(x, y)), rtol=1e-6)

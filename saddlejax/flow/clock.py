@@ -68,7 +68,7 @@ class Condition(eqx.Module):
 
     def __call__(self, t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Float[Array, ""]:
         del t, kwargs
-        return self.until.condition(args, y)
+        return self.until.condition(args, y).astype(float)  # diffrax compares it with a plain 0.0
 
 
 def checked_until(until: AbstractUntil | None) -> AbstractUntil:

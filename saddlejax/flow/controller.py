@@ -136,6 +136,7 @@ def relative_errors(
     wrong, here = field.layout.split(error.vector), field.layout.split(after.vector)
     turned, joined, shapes = wrong.coordinates.joined, here.coordinates.joined, field.layout.shapes
     squares = shapes.inner(turned, turned) / jnp.maximum(shapes.inner(joined, joined), 1)
+    squares = squares + jnp.square(wrong.coordinates.log_units)
     time = jnp.abs(wrong.time) / jnp.where(here.time > 0, here.time, 1)
     return jnp.maximum(jnp.sqrt(jnp.max(squares)), jnp.abs(error.error)), time
 

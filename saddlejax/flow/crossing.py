@@ -54,7 +54,7 @@ class Chandrupatla(optx.AbstractRootFinder):
         ends = state.evaluations < 2
         x = jnp.where(ends, state.other, y)
         values, aux = fn(x, args)
-        f = jax.tree.reduce(lambda a, b: a + b, values)
+        f = jax.tree.reduce(lambda a, b: a + b, values).astype(state.f_last.dtype)
         same = ~ends & ((f < 0) == (state.f_last < 0))
         x3, f3 = jnp.where(same, state.last, state.other), jnp.where(same, state.f_last, state.f_other)
         x2, f2 = jnp.where(same, state.other, state.last), jnp.where(same, state.f_other, state.f_last)

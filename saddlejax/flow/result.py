@@ -215,7 +215,7 @@ def _drop_at_escape(flow: Flow) -> float:
 def _batch_summary(flow: Flow) -> str:
     (numbers,) = jax.tree.leaves(flow.status)
     found, counts = np.unique(np.asarray(numbers), return_counts=True)
-    names = [Status[jax.tree.map(lambda _, n=number: n, flow.status)] for number in found]
+    names = [Status[jax.tree.map(lambda _, n=number: jnp.asarray(n), flow.status)] for number in found]
     times = np.ravel(flow.log_escape_time)
     known = times[np.isfinite(times)]
     lines = [f"{times.size} flows of {_subject(flow)}, {flow.losses.dtype}, until {flow.target}"]

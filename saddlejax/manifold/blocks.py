@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import Weights
+from ..networks.network import Weights
 
-Blocks = int | Sequence[int | Sequence[int]]
+Blocks = int | np.integer | Sequence[int | Sequence[int] | np.ndarray] | np.ndarray | Array
 """How to divide hidden layers: a number of blocks for all of them, or for each layer a number or one label a neuron."""
 
 Labels = tuple[int, ...]

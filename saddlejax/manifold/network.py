@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..networks.activations import Activation, ActivationParts, activation_name
-from ..networks.mlp import AbstractNetworkOfParts, Weights
+from ..networks.network import AbstractNetworkOfParts, Weights
 from .blocks import Labels, block_sizes
 
 

@@ -12,7 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import MLP, AbstractNetwork, check_network, safe_norm
+from .._numerics import safe_norm
+from ..networks.checks import check_network
+from ..networks.mlp import MLP
+from ..networks.network import AbstractNetwork
 from .blocks import Blocks, compress, hidden_labels, spread
 from .network import BlockMLP
 

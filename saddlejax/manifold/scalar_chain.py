@@ -1,6 +1,6 @@
 """One block a layer: Rawal & DeWeese's system of `L` layer scales, and its balanced scalar equation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
+from .._numerics import Numbers
 from ..networks.activations import Activation
+from ..objective import task_loss
 from ..saddle.origin import origin_matrix
-from ..tasks.task import Task, task_loss
+from ..tasks.task import Task
 from .network import BlockMLP
 
 QUADRATURE_NODES = 80
@@ -22,7 +24,7 @@ Teacher = Callable[[Array], Array]
 
 
 def chain(
-    scales: Sequence[float] | Float[Array, " layers"],
+    scales: Numbers,
     task_or_teacher: Task | Teacher,
     activation: str | Activation,
     width: int,
@@ -80,7 +82,7 @@ def _gaussian_task(task_or_teacher: Task | Teacher) -> Task:
 
 
 def balanced_log_times(
-    norms: Sequence[float] | Float[Array, " rows"],
+    norms: Numbers,
     teacher: Teacher,
     activation: str | Activation,
     width: int,

@@ -9,12 +9,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
+from .._numerics import safe_norm
 from ..curvature.lanczos import ritz_values
 from ..flow import Flow, Save, gradient_flow
 from ..flow.result import trim
 from ..flow.until import AbstractUntil
-from ..networks.mlp import MLP, AbstractNetwork, Weights, safe_norm
-from ..tasks.task import Task, check_fits, match_precision, task_loss
+from ..networks.fits import check_perceptron_fits, match_precision
+from ..networks.mlp import MLP
+from ..networks.network import AbstractNetwork, Weights
+from ..objective import task_loss
+from ..tasks.task import Task
 from .blocks import Blocks
 from .reduction import project
 
@@ -34,7 +38,7 @@ def growth_rates(net: AbstractNetwork, task: Task, projection: Projection, count
 
     **Returns:** `(count,)`, the largest first; NaN where there are fewer.
     """
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     _check.whole_number("count", count)
     net, task = match_precision(net, task)
     flat, unravel = ravel_pytree(net.weights)

@@ -27,7 +27,7 @@ class ActivationClass(eqx.Module):
       vanishes near zero or has no expansion.
     - `gain`: the slope `α = σ'(0)`; `None` where the slope jumps or has no limit.
     - `coefficients`: `c_0 … c_6`, or `None` where the two sides differ or there is no expansion: see `left`, `right`.
-    - `left`, `right`: the one-sided [`saddlejax.expansions.OneSidedExpansion`][]s.
+    - `left`, `right`: the one-sided [`saddlejax.networks.expansions.OneSidedExpansion`][]s.
     - `parity`: `"odd"`, `"even"` or `"neither"`, of the first term of `φ` as a function on both sides.
     - `homogeneous`: `"everywhere"` (up to `|z| = 1000`), `"near zero"` or `"no"`: whether `σ(λz) = λ^p σ(z)`, `λ > 0`.
     - `degree`: that `p`, or `None`.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._check import fail
-from .elementwise import check_elementwise, is_array
+from .._numerics import is_array
+from .elementwise import check_elementwise
 
 Activation = Callable[[Array], Array]
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .. import _check
+from .._numerics import is_array
 
 Function = Callable[[Array], Array]
 Result = TypeVar("Result")
@@ -36,11 +37,6 @@ def remembered(find: Callable[[Function], Result]) -> Callable[[Function], Resul
         return keep(function) if is_hashable(function) else find(function)
 
     return found
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is a JAX or NumPy array."""
-    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def with_known_numbers(function: Function) -> Function:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import AbstractNetwork, cast, check_network, predict
+from .._numerics import in_precision
 from .losses import cross_entropy, mse
 
 SampleLoss = Callable[[Array, Array], Array]
@@ -21,7 +21,8 @@ class Task(eqx.Module):
 
     **Arguments:**
 
-    - `x`: inputs, shape `(samples, in_size)`.
+    - `x`: inputs, shape `(samples, in_size)`, or any shape `(samples, ...)` whose samples a model takes, such as images
+      `(samples, channels, height, width)`. Whole numbers become floating-point ones.
     - `y`: targets, shape `(samples, out_size)`, or integer class labels of shape `(samples,)`.
     - `loss`: `c(prediction, target) -> scalar` of one sample: `saddlejax.mse`, `saddlejax.cross_entropy`, or any
       differentiable JAX function.
@@ -30,9 +31,17 @@ class Task(eqx.Module):
     - `out_size`: number of outputs; needed only for integer labels that do not show all classes.
 
     **Raises:** `ValueError` for empty data, shapes that do not match, NaN or infinity, and half precision.
+
+    **Example:**
+
+    ```python
+    images, labels = jnp.ones((20, 1, 8, 8)), jnp.arange(20) % 10
+    task = sj.Task(images, labels, sj.cross_entropy)
+    print(task)  # Task: 20 samples of shape (1, 8, 8), 10 outputs, loss cross_entropy, float32
+    ```
     """
 
-    x: Float[Array, "samples in"]
+    x: Float[Array, "samples *sample"]
     y: Array
     loss: SampleLoss = eqx.field(static=True)
     sample_weights: Float[Array, " samples"] | None
@@ -61,12 +70,22 @@ class Task(eqx.Module):
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return self.x.shape[-2]
+        return self.x.shape[0]
 
     @property
     def in_size(self) -> int:
-        """Number of inputs."""
-        return self.x.shape[-1]
+        """Number of inputs, where `x` is a matrix.
+
+        **Raises:** `ValueError` where a sample is no vector.
+        """
+        if self.x.ndim != 2:
+            raise _check.fail(
+                "task.x",
+                "be a matrix (samples, in_size), since a perceptron takes vectors",
+                f"of shape {self.x.shape}",
+                "Flatten the samples by x.reshape(len(x), -1), or use a model that takes them as they are.",
+            )
+        return self.x.shape[1]
 
     def mean(self, per_sample: Float[Array, " samples"]) -> Float[Array, ""]:
         """The mean over samples, weighted where the task has sample weights."""
@@ -81,18 +100,12 @@ class Task(eqx.Module):
     def astype(self, dtype: Any) -> "Task":
         """The same task with its floating-point arrays in another precision, float32 or float64."""
         _check.float_type("dtype", dtype)
-        return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, self)
+        return in_precision(self, dtype)
 
     def __str__(self) -> str:
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
-        return (
-            f"Task: {self.samples} samples, {self.in_size} inputs, {self.out_size} outputs, loss {name}, {self.x.dtype}"
-        )
-
-
-def task_loss(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
-    """The loss `𝓛(θ)` of a network on a task."""
-    return task.mean_loss(predict(net, task.x))
+        inputs = f", {self.in_size} inputs" if self.x.ndim == 2 else f" of shape {self.x.shape[1:]}"
+        return f"Task: {self.samples} samples{inputs}, {self.out_size} outputs, loss {name}, {self.x.dtype}"
 
 
 def zero_loss(task: Task) -> Float[Array, ""]:
@@ -100,27 +113,19 @@ def zero_loss(task: Task) -> Float[Array, ""]:
     return task.mean_loss(jnp.zeros((task.samples, task.out_size), task.x.dtype))
 
 
-def match_precision(net: AbstractNetwork, task: Task) -> tuple[AbstractNetwork, Task]:
-    """Network and task in the wider of their two floating-point types."""
-    dtype = jnp.result_type(task.x, *net.weights)
-    return cast(net, dtype), task.astype(dtype)
+def __getattr__(name: str) -> Any:
+    """What networks make of a task is found in `networks.fits` and `objective`; for modules that look for it here still."""
+    from .. import objective
+    from ..networks import fits
 
-
-def check_fits(net: AbstractNetwork, task: Task) -> None:
-    """Refuse what is no network, one whose inputs or outputs differ in number from the task's, or that is not finite."""
-    check_network(net)
-    if not isinstance(task, Task):
-        raise _check.fail("task", "be a saddlejax.Task", type(task).__name__)
-    ends = (net.sizes[0], net.sizes[-1])
-    if ends != (task.in_size, task.out_size):
-        raise _check.fail(
-            "net",
-            f"take {task.in_size} inputs to {task.out_size} outputs, as the task does",
-            f"a network from {ends[0]} to {ends[1]}",
-            f"Its sizes should be [{task.in_size}, …, {task.out_size}].",
-        )
-    for layer, w in enumerate(net.weights):
-        _check.finite(f"net.weights[{layer}]", w)
+    moved = {
+        "task_loss": objective.task_loss,
+        "match_precision": fits.match_precision,
+        "check_fits": fits.check_perceptron_fits,
+    }
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moved[name]
 
 
 def _as_float(values: Any, argument: str) -> Array:
@@ -148,8 +153,13 @@ def _as_target(y: Any, loss: SampleLoss) -> Array:
 
 
 def _check_data(x: Array, y: Array, loss: SampleLoss) -> None:
-    if x.ndim != 2 or 0 in x.shape:
-        raise _check.fail("x", "be a non-empty matrix (samples, in_size)", f"of shape {x.shape}")
+    if x.ndim < 2 or 0 in x.shape:
+        raise _check.fail(
+            "x",
+            "be a non-empty matrix (samples, in_size), or hold samples of another shape, (samples, ...)",
+            f"of shape {x.shape}",
+            "One number a sample is x[:, None]." if x.ndim == 1 else "",
+        )
     labels = jnp.issubdtype(y.dtype, jnp.integer)
     if not labels and (y.ndim != 2 or 0 in y.shape):
         raise _check.fail(

@@ -1,6 +1,6 @@
 """Teachers: problems whose solution is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import _check
-from ..networks.random_weights import standard_normal
+from .._numerics import Numbers, standard_normal
 from .losses import mse
 from .task import Task
 
 
-def linear_teacher(singular_values: Sequence[float] | Array, in_size: int) -> Task:
+def linear_teacher(singular_values: Numbers, in_size: int) -> Task:
     """A linear teacher on whitened inputs, so that every plateau is known exactly.
 
     The inputs are the `d = in_size` rows of `√d · I` (so `E[x xᵀ] = I`), the targets `y = S x` with `S` the
