@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 import saddlejax as sj
 from saddlejax.sweeps._sweep import _flows
 from saddlejax.sweeps.execute import available_cores
-from saddlejax.sweeps.programs import _batch_program
+from saddlejax.sweeps.programs import batch_program
 from saddlejax.tasks.task import task_loss, zero_loss
 
 jax.config.update("jax_enable_x64", True)
@@ -252,15 +252,15 @@ def product_rate(cores: int) -> float:
 
 
 def busy_share(task: sj.Task) -> float:
-    """The share of slots and turns of a refilled batch of 8 that work on a lane, at depth 4."""
+    """The share of slots and chunks of a refilled batch of 8 that work on a lane, at depth 4."""
     given = {"until": HALF}
     flows = _flows(task, WIDTH, 4, "tanh", None, SCALES, range(13), None, given, 8)
-    points = [dict(flows.fixed) | p for p in flows.grid.points(tuple(slice(0, n) for n in flows.grid.shape))]
+    points = flows.grid.points(tuple(slice(0, n) for n in flows.grid.shape))
     points.sort(key=lambda point: point["scale"])
-    group, common = flows.group(points[0])
-    lanes = jax.tree.map(lambda *values: np.stack(values), *[flows.values(point, group) for point in points])
-    done = _batch_program(group, 8)(common, lanes, np.asarray(len(points)))
-    return float(done.busy / (8 * done.turns))
+    structure, common = flows.structure(points[0]), flows.common(points[0])
+    lanes = jax.tree.map(lambda *values: np.stack(values), *[flows.values(point, structure) for point in points])
+    done = batch_program(structure, 8)(common, lanes, np.asarray(len(points)))
+    return float(done.busy / (8 * done.chunks))
 
 
 def network(key: jax.Array, scale: float | jax.Array, depth: int) -> sj.MLP:

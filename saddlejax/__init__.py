@@ -10,21 +10,22 @@ from .flow import (
     ExponentialRosenbrock as ExponentialRosenbrock,
     Flow as Flow,
     Loss as Loss,
+    PlateauClock as PlateauClock,
+    PlateauController as PlateauController,
+    PlateauSolver as PlateauSolver,
     Save as Save,
     Status as Status,
     Time as Time,
     gradient_flow as gradient_flow,
+    plateau_clock as plateau_clock,
 )
 from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
 from .law.bottleneck import bottleneck_layers as bottleneck_layers
+from .law.budget import bottleneck_for_steps as bottleneck_for_steps, scale_for_steps as scale_for_steps
 from .law.exponent import critical_exponent as critical_exponent
-from .law.prediction import (
-    EscapePrediction as EscapePrediction,
-    bottleneck_for_steps as bottleneck_for_steps,
-    predict_escape as predict_escape,
-    scale_for_steps as scale_for_steps,
-)
+from .law.predict import predict_escape as predict_escape
+from .law.prediction import EscapePrediction as EscapePrediction
 from .law.universality import collapse as collapse
 from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .networks.activations import ACTIVATIONS as ACTIVATIONS
@@ -39,6 +40,7 @@ from .saddle import (
     EscapeDirection as EscapeDirection,
     escape_direction as escape_direction,
     low_rank_margin as low_rank_margin,
+    saddle_order as saddle_order,
     signal_energy as signal_energy,
 )
 from .saddle.energy_growth import signal_growth as signal_growth

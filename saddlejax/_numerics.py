@@ -41,6 +41,16 @@ def safe_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
+def power_of_ten(log_value: float, digits: int = 5) -> str:
+    """A number from its natural logarithm, however large, with so many digits after the first."""
+    if not np.isfinite(log_value):
+        return str(np.exp(log_value))
+    exponent = int(np.floor(log_value / np.log(10)))
+    if exponent < -4 or exponent > 5:
+        return f"{np.exp(log_value - exponent * np.log(10)):.{digits}f}e{exponent:+d}"
+    return f"{np.exp(log_value):.{max(digits - exponent, 0)}f}"
+
+
 def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = float) -> Float[Array, "..."]:
     """Independent standard normal numbers, cut from a vector whose length is a power of two.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import _check
 from ._numerics import in_precision
+from .networks.mlp import AbstractNetwork, is_perceptron
 from .parameters import Parameters, Trainable
 from .tasks.task import Task, zero_loss
 
@@ -87,6 +88,8 @@ class Problem(eqx.Module):
 
     parameters: Parameters
     objective: AbstractObjective
+    perceptron: bool = eqx.field(static=True)
+    """Whether the groups are the layers of a perceptron."""
 
     @property
     def model(self) -> PyTree:
@@ -110,6 +113,7 @@ def as_problem(model: PyTree, task: Task | Callable[[Any], Array], trainable: Tr
     needs; where it depends on a random key or a state; where the loss is no real scalar, or is not finite.
     """
     parameters = Parameters.of(model, trainable)
+    perceptron = trainable is None and isinstance(model, AbstractNetwork) and is_perceptron(model)
     for name, array in zip(parameters.names, parameters.arrays, strict=True):
         _check.float_type(f"model.{name}", array.dtype)
         _check.finite(f"model.{name}", array)
@@ -117,14 +121,14 @@ def as_problem(model: PyTree, task: Task | Callable[[Any], Array], trainable: Tr
         dtype = jnp.result_type(task.x, *parameters.arrays)
         parameters, task = in_precision(parameters, dtype), task.astype(dtype)
         _check_outputs(parameters.model, task)
-        return Problem(parameters, TaskObjective(task))
+        return Problem(parameters, TaskObjective(task), perceptron)
     if not callable(task):
         raise _check.fail("task", "be a saddlejax.Task, or a function loss(model) -> scalar", type(task).__name__)
     parameters = in_precision(parameters, jnp.result_type(*parameters.arrays))
     objective = LossObjective(task, jnp.zeros(()))
     _check_loss(objective, parameters)
     at_zero = objective.loss(parameters.with_arrays([jnp.zeros_like(a) for a in parameters.arrays]))
-    return Problem(parameters, LossObjective(task, at_zero))
+    return Problem(parameters, LossObjective(task, at_zero), perceptron)
 
 
 def _check_outputs(model: PyTree, task: Task) -> None:

@@ -106,9 +106,33 @@ class Parameters(eqx.Module):
         """The model itself."""
         return self.with_arrays(self.arrays)
 
-    def with_arrays(self, arrays: Sequence[Array]) -> PyTree:
+    def with_arrays(self, arrays: Sequence[Any]) -> PyTree:
         """The model with other arrays in the places of the groups."""
         return eqx.combine(jax.tree.unflatten(self.structure, list(arrays)), self.rest)
+
+    def indices(self, where: Callable[[Any], Any]) -> tuple[int, ...]:
+        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in increasing order.
+
+        **Raises:** `ValueError` where it returns anything else, or nothing.
+        """
+        places = self.with_arrays([_Place(index) for index in range(len(self.arrays))])
+        found = jax.tree.leaves(where(places)) if callable(where) else [where]
+        strange = [part for part in found if not isinstance(part, _Place)]
+        if strange or not found:
+            raise _check.fail(
+                "where",
+                "be a function that returns parameter arrays of the model, or modules of them",
+                f"one that returns {type(strange[0]).__name__ if strange else 'none'}",
+                f"For instance lambda m: [m.{self.names[0].lstrip('.')}]. The arrays that move are {', '.join(self.names)}.",
+            )
+        return tuple(sorted({place.index for place in found}))
+
+
+class _Place:
+    """What stands for a group while a user's function picks groups out of a model."""
+
+    def __init__(self, index: int):
+        self.index = index
 
 
 def trainable_filter(model: PyTree) -> Trainable:
@@ -117,3 +141,8 @@ def trainable_filter(model: PyTree) -> Trainable:
         return eqx.is_inexact_array
     nothing = jax.tree.map(lambda _: False, model)
     return eqx.tree_at(lambda net: net.weights, nothing, replace=tuple(True for _ in model.weights))
+
+
+def rank(shape: tuple[int, ...]) -> int:
+    """The largest rank that a group of this shape can have, as a matrix `(shape[0], rest)`; one for vectors and numbers."""
+    return 1 if len(shape) < 2 else min(shape[0], math.prod(shape[1:]))

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
-from saddlejax.curvature.sharpness import extreme_eigenvalues, sharpness
+from saddlejax.curvature.lanczos import extreme_eigenvalues
+from saddlejax.curvature.sharpness import sharpness
 
 
 def run(*arguments, cwd, columns=100):

@@ -229,7 +229,7 @@ def test_other_optimisers_and_failures():
         ({"every": 0}, "every must be a whole number"),
         ({"batch_size": 31, "key": jax.random.key(0)}, "batch_size must be at most the 30 samples"),
         ({"batch_size": 5}, "key must be a JAX random key"),
-        ({"task": sj.Task(np.ones((2, 9)), np.ones((2, 1)))}, "net must take 9 inputs"),
+        ({"task": sj.Task(np.ones((2, 9)), np.ones((2, 1)))}, "model must map one sample of shape"),
         (
             {
                 "task": sj.Task(np.ones((2, 4)), np.ones((2, 1)), sample_weights=[0.5, 0.5]),
@@ -241,6 +241,6 @@ def test_other_optimisers_and_failures():
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
-    good = {"net": NET, "task": TASK, "optimiser": optax.sgd(0.1), "steps": 10}
+    good = {"model": NET, "task": TASK, "optimiser": optax.sgd(0.1), "steps": 10}
     with pytest.raises(ValueError, match=message):
         sj.gradient_descent(**(good | arguments))

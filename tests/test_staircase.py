@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import saddlejax as sj
-from saddlejax.curvature.krylov import KrylovProblem, phi
+from saddlejax.curvature.lanczos import KrylovProblem, phi
 from saddlejax.flow.plateaus import crossing_log_time
 
 STRENGTHS = (4.0, 2.0, 1.0, 0.5)

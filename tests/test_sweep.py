@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
-from saddlejax.sweeps.refill import refilled_map
+from saddlejax.sweeps.measures import Variable
+from saddlejax.sweeps.problem import blank, common_output, record
+from saddlejax.sweeps.refill import Resumable, refilled_map
 from saddlejax.sweeps.spec_file import read_specification
-from saddlejax.sweeps.split import split_at_loop
 
 TASK = teacher(samples=30)
 GRID = {
@@ -94,29 +95,46 @@ def test_a_refilled_batch_equals_one_lane_after_another(results):
             np.testing.assert_allclose(batched[name], one_by_one[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
+def recurrence(ratio):
+    """`x ← ratio x + 1`, as often as a lane asks for."""
+
+    def step(state):
+        done, left, x = state
+        return done + 1, left, ratio * x + 1
+
+    def advance(plan, state, attempts):
+        return jax.lax.fori_loop(0, attempts, lambda _, s: jax.lax.cond(s[0] < s[1], step, lambda s: s, s), state)
+
+    return Resumable(
+        plan=lambda own: own,
+        begin=lambda plan: (jnp.zeros((), int), plan["steps"], plan["first"]),
+        advance=advance,
+        running=lambda state: state[0] < state[1],
+        finish=lambda plan, state: {"x": state[2], "plan": plan["first"]},
+    )
+
+
 def test_a_refilled_batch_keeps_its_slots_busy():
     """Loops of very different lengths, each a recurrence with a closed form."""
-
-    def geometric(shared, own):
-        count = own["turns"] * 1
-        turn = lambda carry: (carry[0] + 1, carry[1] * shared["ratio"] + 1)  # noqa: E731
-        total = jax.lax.while_loop(lambda carry: carry[0] < count, turn, (jnp.zeros((), int), own["first"]))[1]
-        return total + shared["ratio"]
-
-    turns = np.random.default_rng(0).geometric(0.03, 400)
+    steps = np.random.default_rng(0).geometric(0.03, 400)
     first, ratio = np.linspace(0, 1, 400), 0.9
-    lanes = {"turns": jnp.asarray(turns), "first": jnp.asarray(first)}
-    split = split_at_loop(geometric, {"ratio": jnp.asarray(ratio)}, jax.tree.map(lambda a: a[0], lanes))
-    run = jax.jit(lambda count: refilled_map(split, {"ratio": jnp.asarray(ratio)}, lanes, count, 16))
-    want = first * ratio**turns + (1 - ratio**turns) / (1 - ratio) + ratio
+    lanes = {"steps": jnp.asarray(steps), "first": jnp.asarray(first)}
+    run = jax.jit(lambda count: refilled_map(recurrence(ratio), lanes, count, 16, attempts=4))
+    want = first * ratio**steps + (1 - ratio**steps) / (1 - ratio)
+    chunks = -(-steps // 4)
     for count in (400, 7):
         done = run(jnp.asarray(count))
-        np.testing.assert_allclose(done.results[:count], want[:count], rtol=1e-10)
-        np.testing.assert_array_equal(done.results[count:], 0)  # as they were, never written
-        assert int(done.busy) == turns[:count].sum()
-    assert turns.sum() / (16 * int(run(jnp.asarray(400)).turns)) > 0.85
-    with pytest.raises(ValueError, match="while loop"):
-        split_at_loop(lambda shared, own: own, jnp.ones(()), jnp.ones(()))
+        np.testing.assert_allclose(done.results["x"][:count], want[:count], rtol=1e-10)
+        np.testing.assert_array_equal(done.results["plan"][:count], first[:count])
+        np.testing.assert_array_equal(done.results["x"][count:], 0)  # as they were, never written
+        assert int(done.busy) == chunks[:count].sum()
+    assert chunks.sum() / (16 * int(run(jnp.asarray(400)).chunks)) > 0.85
+
+
+def test_lanes_that_have_nothing_to_do_end_at_once():
+    lanes = {"steps": jnp.asarray([0, 3, 0, 0, 5]), "first": jnp.arange(5.0)}
+    done = jax.jit(lambda: refilled_map(recurrence(1.0), lanes, jnp.asarray(5), 2))()
+    np.testing.assert_array_equal(done.results["x"], [0, 4, 2, 3, 9])
 
 
 def test_single_precision_one_layer_and_lists_of_other_arguments():
@@ -250,6 +268,21 @@ def test_grids_that_make_no_sense_are_refused(change, words):
     arguments = {"task": TASK, "width": 4, "depth": 3, **change}
     with pytest.raises(ValueError, match=words):
         sj.sweep(arguments.pop("task"), **arguments)
+
+
+def test_measurements_of_several_shapes_have_room_for_all():
+    def room(*found):
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in found]
+        return common_output("one", Variable(len, "of all"), shapes)[:2]
+
+    assert room(((), "int32"), ((), "int32")) == ((), "int32")
+    assert room(((2, 5), "float32"), ((3, 4), "float32")) == ((3, 5), "float32")
+    assert room(((2,), "int32"), ((3,), "int32")) == ((3,), "float64")  # to be filled up with NaN
+    with pytest.raises(ValueError, match=r"measure\['one'\] must return an array with the same number of axes"):
+        room(((2,), "int32"), ((2, 1), "int32"))
+    values = blank({"one": common_output("one", Variable(len, "of all"), [jax.ShapeDtypeStruct((3,), float)])}, 2)
+    record(values, 1, {"one": np.asarray([1.0, 2.0]), "status": "found"})
+    np.testing.assert_array_equal(values["one"], [[np.nan] * 3, [1, 2, np.nan]])
 
 
 def test_a_measure_that_looks_at_values_is_refused_in_words():

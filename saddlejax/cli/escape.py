@@ -13,8 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import plot, tasks
+from .._numerics import power_of_ten
 from ..flow import Status
-from ..flow.result import power_of_ten
 from ..networks.activation_class import value_at_zero
 from ..sweeps.scan import NOT_COMPUTED, escape_scan
 from ._app import NOT_REACHED, app, complete, console

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from .. import _check, plot, tasks
 from .._check import layer_indices
+from .._numerics import power_of_ten
 from ..flow import Flow, Loss, Save, Status, gradient_flow
 from ..flow._gradient_flow import KINKED_RTOL, STIFF_RTOL
-from ..flow.plateaus import Plateaus
-from ..flow.result import power_of_ten
+from ..flow.plateaus import Plateaus, interval
 from ..networks.activation_class import slope_jumps
 from ..networks.mlp import MLP, scale_layers
 from ..tasks.task import zero_loss
@@ -154,14 +154,13 @@ def _table(title: str, *columns: str) -> Table:
 def _plateau_table(found: Plateaus) -> Table:
     table = _table("Plateaus", "", "until t", "loss", "‖∇L‖", "ranks of layers", "bottleneck rank", "± log t")
     for number, p in enumerate(found):
-        low, high = p.bottleneck_rank
         table.add_row(
             str(number),
             power_of_ten(p.log_end, 3),
             f"{p.loss:.5g}",
             f"{p.gradient_norm:.0e}",
             " ".join(map(str, p.ranks)),
-            str(low) if low == high else f"{low} to {high}",
+            interval(p.bottleneck_rank),
             "" if p.log_end_error is None else f"{abs(p.log_end_error):.0e}",
         )
     return table

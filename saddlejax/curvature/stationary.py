@@ -1,17 +1,20 @@
 """From a point near a saddle to the saddle itself."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
-from ..networks.mlp import AbstractNetwork, safe_norm
-from ..tasks.task import Task, check_fits, match_precision, task_loss
-from .krylov import KrylovProblem
-from .sharpness import extreme_eigenvalues
+from .._numerics import safe_norm
+from ..objective import Problem, as_problem
+from ..parameters import Trainable
+from ..tasks.task import Task
+from .lanczos import KrylovProblem, extreme_eigenvalues
 
 KRYLOV_SIZE = 48
 RELAXED, TIGHTENED = 0.1, 10.0
@@ -23,7 +26,7 @@ ROUNDING = 100
 class StationaryPoint(eqx.Module):
     """A point near which `∇𝓛` vanishes.
 
-    - `net`: the network there.
+    - `net`: the model there.
     - `loss`, `gradient_norm`: `𝓛` and what is left of `‖∇𝓛‖`; `converged`: whether that is less than a thousandth of what
       it was where the search began, or within a hundred times its rounding. Where not, there is no stationary point that
       the search could reach.
@@ -33,7 +36,7 @@ class StationaryPoint(eqx.Module):
     - `iterations`, `hessian_vector_products`: work spent.
     """
 
-    net: AbstractNetwork
+    net: PyTree
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     converged: Bool[Array, ""]
@@ -53,28 +56,34 @@ class StationaryPoint(eqx.Module):
 
 
 @safe_to_interrupt
-def nearby_stationary_point(net: AbstractNetwork, task: Task, *, max_iterations: int = 60) -> StationaryPoint:
-    """The zero of `∇𝓛` near a network, whatever the signs of the curvature there.
+def nearby_stationary_point(
+    model: PyTree,
+    task: Task | Callable[[Any], Array],
+    trainable: Trainable | None = None,
+    *,
+    max_iterations: int = 60,
+) -> StationaryPoint:
+    """The zero of `∇𝓛` near a model, whatever the signs of the curvature there.
 
     Levenberg-Marquardt steps `−(H² + μ)^{−1} H ∇𝓛` in Krylov spaces of the Hessian `H` make `‖∇𝓛‖` smaller, never the
     loss, so that saddles attract as minima do. Where the Hessian is singular, as at the saddles of a linear network
     deeper than two, convergence is linear. It ends after `max_iterations`, or where `‖∇𝓛‖` is down to rounding; how far it came
     is in the result.
 
-    **Arguments:** `net`, `task`; `max_iterations`, of at most 48 Hessian-vector products each.
+    **Arguments:** `model`, `task` (or a function `loss(model) -> scalar`) and `trainable` as for
+    [`saddlejax.gradient_flow`][]; `max_iterations`, of at most 48 Hessian-vector products each.
 
-    **Raises:** `ValueError` where the network does not fit the task.
+    **Raises:** `ValueError` where the model does not fit the task.
     """
-    check_fits(net, task)
     _check.whole_number("max_iterations", max_iterations)
-    net, task = match_precision(net, task)
-    return _polish(net, task, jnp.asarray(max_iterations))
+    return _polish(as_problem(model, task, trainable), jnp.asarray(max_iterations))
 
 
 @eqx.filter_jit
-def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> StationaryPoint:
-    start, unravel = ravel_pytree(net.weights)
-    slope = jax.grad(lambda flat: task_loss(net.with_weights(unravel(flat)), task))
+def _polish(problem: Problem, max_iterations: Array) -> StationaryPoint:
+    shapes = problem.parameters.shapes
+    start = shapes.join(problem.parameters.arrays)
+    slope = jax.grad(lambda joined: problem.loss(shapes.split(joined)))
     first = safe_norm(slope(start))
 
     def rounding(point: Array, curvature: Array) -> Array:
@@ -119,10 +128,10 @@ def _polish(net: AbstractNetwork, task: Task, max_iterations: Array) -> Stationa
     noise = jax.random.normal(jax.random.key(0), point.shape, point.dtype)
     lowest, highest = extreme_eigenvalues(product, noise, KRYLOV_SIZE)
     curvature = jnp.maximum(jnp.abs(lowest), jnp.abs(highest))  # along the gradient it may be much smaller
-    end = net.with_weights(unravel(point))
+    end = shapes.split(point)
     return StationaryPoint(
-        net=end,
-        loss=task_loss(end, task),
+        net=problem.parameters.with_arrays(end),
+        loss=problem.loss(end),
         gradient_norm=safe_norm(gradient),
         converged=safe_norm(gradient) <= jnp.maximum(CONVERGED * first, ROUNDING * rounding(point, curvature)),
         distance=safe_norm(point - start),

@@ -1,125 +1,118 @@
-"""Gradient flow in the plateau clock.
+"""The plateau clock as components of diffrax, for anyone's own `diffeqsolve`."""
 
-`dθ/ds = −τ ∇𝓛`, `dt/ds = τ` with `1/τ² = Σ_l ‖∂𝓛/∂W_l‖² / ‖W_l‖²`: one unit of `s` changes the layers by a factor of
-about e, however slowly that happens in time `t`. A plateau of any length then takes `O(log 1/ε)` steps.
-"""
+from collections.abc import Callable
+from typing import Any
 
-from typing import NamedTuple
-
+import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from ..gradient import gradient
-from ..networks.mlp import AbstractNetwork, safe_norm
-from ..tasks.task import Task, task_loss
-from .coordinates import Coordinates, to_coordinates, to_net
-from .state import FlowState
+from .. import _check
+from ..objective import Problem, as_problem
+from ..parameters import Trainable
+from ..tasks.task import Task
+from .crossing import Chandrupatla
+from .field import PlateauField, start
+from .memory import nothing_yet, remember
+from .solvers import velocity
+from .state import ClockState
+from .until import AbstractUntil, Escape
 
-
-class PlateauField(eqx.Module):
-    """The vector field `d(state)/ds` of gradient flow in the plateau clock."""
-
-    net: AbstractNetwork
-    task: Task
-    log_time_unit: Float[Array, ""]
-
-    def rate(self, state: FlowState, growth: Float[Array, " layers"] | None = None) -> FlowState:
-        """The rate of the state, with units that grow at given rates, by default as their layers do.
-
-        Nothing moves where the gradient is exactly zero.
-        """
-        rate = motion(self.net, self.task, state.coordinates, growth)
-        stalled = jnp.isneginf(rate.log_rate)
-        time = jnp.where(stalled, 0, jnp.exp(-jnp.where(stalled, 0, rate.log_rate) - self.log_time_unit))
-        return FlowState.of(rate.coordinates, time, rate.imbalance_drift, rate.loss)
-
-    def state_net(self, state: FlowState) -> AbstractNetwork:
-        """The network at a state."""
-        return to_net(state.coordinates, self.net)
-
-    def loss(self, state: FlowState) -> Float[Array, ""]:
-        """The loss at a state, by one forward pass."""
-        return task_loss(self.state_net(state), self.task)
-
-    def log_time(self, state: FlowState) -> Float[Array, ""]:
-        """`log t`, which stays finite where `t` itself overflows; `−inf` at the start."""
-        started = state.time > 0
-        return jnp.where(started, jnp.log(jnp.where(started, state.time, 1)) + self.log_time_unit, -jnp.inf)
-
-    def log_gradient_norm(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`; `−inf` where the gradient is exactly zero."""
-        here, moving = state.coordinates, rate.time > 0
-        velocity = here.velocity(rate.coordinates)
-        squares = here.shapes.inner(velocity, velocity)
-        there = squares > 0
-        logs = jnp.where(there, here.log_units + 0.5 * jnp.log(jnp.where(there, squares, 1)), -jnp.inf)
-        log_velocity = 0.5 * jax.nn.logsumexp(2 * jnp.where(moving, logs, 0))
-        return jnp.where(moving, log_velocity - jnp.log(jnp.where(moving, rate.time, 1)) - self.log_time_unit, -jnp.inf)
-
-    def _velocity(self, state: FlowState, rate: FlowState) -> list[Array]:
-        """`dW_l/ds`."""
-        here = state.coordinates
-        velocities = here.shapes.split(here.velocity(rate.coordinates))
-        return [unit * v for unit, v in zip(jnp.exp(here.log_units), velocities, strict=True)]
-
-    def growth(self, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        """`d log‖∇𝓛‖/ds = −τ ∇𝓛ᵀH∇𝓛/‖∇𝓛‖²`, from one second derivative along the flow (forward over forward)."""
-        net = self.state_net(state)
-        velocity = self._velocity(state, rate)
-
-        def along(a: Array) -> Array:
-            moved = [w + a * v for w, v in zip(net.weights, velocity, strict=True)]
-            return task_loss(net.with_weights(moved), self.task)
-
-        origin, one = jnp.zeros_like(rate.time), jnp.ones_like(rate.time)
-        slope, bend = jax.jvp(lambda a: jax.jvp(along, (a,), (one,))[1], (origin,), (one,))
-        return jnp.where(slope < 0, bend / jnp.where(slope < 0, slope, 1), 0)
+END_TOLERANCE = 1e-2
+"""How well the end of a flow is located within its step, in units of the tolerance."""
 
 
-class Motion(NamedTuple):
-    """How a network moves per unit of `s`.
+class PlateauClock(eqx.Module):
+    """Gradient flow in the plateau clock, in the parts that `diffrax.diffeqsolve` takes.
 
-    - `coordinates`, `imbalance_drift`: rates of those parts of the state.
-    - `loss`: `𝓛`.
-    - `log_rate`: `log 1/τ`, `−inf` where the gradient is exactly zero.
+    - `term`: the vector field, a `diffrax.ODETerm`; `args`: its arguments, the model and what it lowers.
+    - `y0`: the state at the start; `rate`: its rate.
     """
 
-    coordinates: Coordinates
-    imbalance_drift: Float[Array, " hidden"]
-    loss: Float[Array, ""]
-    log_rate: Float[Array, ""]
+    args: PlateauField
+    y0: ClockState
+    rate: Float[Array, " state"]
+
+    @property
+    def term(self) -> dfx.ODETerm:
+        """The vector field `d(state)/ds`."""
+        return dfx.ODETerm(velocity)
+
+    def event(self, until: AbstractUntil | None = None, rtol: float | Array = 1e-4) -> dfx.Event:
+        """The end of a flow as a `diffrax.Event`, located to a hundredth of `rtol` in `s`."""
+        until = checked_until(until)
+        dtype = self.y0.vector.dtype
+        rounding = 4 * float(jnp.finfo(dtype).eps)
+        known = until.end_time() is not None  # looking at the time costs next to nothing
+        atol = jnp.zeros((), dtype) if known else jnp.asarray(END_TOLERANCE * jnp.asarray(rtol), dtype)
+        return dfx.Event(Condition(until), Chandrupatla(rtol=rounding, atol=atol), direction=True)
+
+    def log_time(self, y: ClockState) -> Float[Array, ""]:
+        """`log t` at a state, which stays finite where `t` itself overflows; `−inf` at the start."""
+        return self.args.log_time(y)
+
+    def model(self, y: ClockState) -> PyTree:
+        """The model at a state."""
+        return self.args.model(y)
+
+    def loss(self, y: ClockState) -> Float[Array, ""]:
+        """The loss at a state."""
+        return self.args.loss(y)
 
 
-def motion(
-    net: AbstractNetwork, task: Task, coordinates: Coordinates, growth: Float[Array, " layers"] | None = None
-) -> Motion:
-    """The motion of the network at given coordinates, whose units grow at given rates, by default as their layers do."""
-    here = gradient(to_net(coordinates, net), task)
-    shapes, inverses = coordinates.shapes, jnp.exp(-coordinates.log_units)
-    relative = shapes.join([g * inverse for g, inverse in zip(here.weights, inverses, strict=True)])
-    norm = _norm(relative)  # 1/τ
-    stalled = norm == 0
-    tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
-    drift = jnp.stack([jnp.sum(rate) for rate in here.neuron_rates]) if here.neuron_rates else jnp.zeros(0, tau.dtype)
-    log_rate = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
-    return Motion(coordinates.along(-tau * relative, growth), drift * tau, here.loss, log_rate)
+class Condition(eqx.Module):
+    """When a flow ends, as diffrax asks for it."""
+
+    until: AbstractUntil
+
+    def __call__(self, t: Any, y: ClockState, args: PlateauField, **kwargs: Any) -> Float[Array, ""]:
+        del t, kwargs
+        return self.until.condition(args, y).astype(float)  # diffrax compares it with a plain 0.0
 
 
-def _norm(vector: Float[Array, " weights"]) -> Float[Array, ""]:
-    """The norm of a long vector in one pass over it, and two more where the sum of squares may have underflown."""
-    squares, limits = jnp.sum(jnp.square(vector)), jnp.finfo(vector.dtype)
-    plain = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
-    return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
+def checked_until(until: AbstractUntil | None) -> AbstractUntil:
+    """The end of a flow, by default its first escape."""
+    if until is None:
+        return Escape()
+    if not isinstance(until, AbstractUntil):
+        raise _check.fail("until", "be saddlejax.Escape(), Time(t) or Loss(value)", repr(until))
+    return until
 
 
-def start(net: AbstractNetwork, task: Task) -> tuple[PlateauField, FlowState, FlowState]:
-    """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
-    zero = jnp.zeros((), task.x.dtype)
-    state = FlowState.of(to_coordinates(net.weights), zero, jnp.zeros(net.depth - 1, task.x.dtype), zero)
-    rate = motion(net, task, state.coordinates)
-    stalled = jnp.isneginf(rate.log_rate)
-    field = PlateauField(net, task, jnp.where(stalled, 0, -rate.log_rate))
-    time = jnp.where(stalled, zero, 1)
-    return field, state, FlowState.of(rate.coordinates, time, rate.imbalance_drift, rate.loss)
+def plateau_clock(
+    model: PyTree, task: Task | Callable[[Any], Array], *, trainable: Trainable | None = None
+) -> PlateauClock:
+    """Gradient flow of a model in the plateau clock, as components for a `diffrax.diffeqsolve` of one's own.
+
+    The clock is `dθ/ds = −τ∇𝓛`, `dt/ds = τ` with `1/τ² = Σ_g ‖∂𝓛/∂θ_g‖²/‖θ_g‖²` over the arrays `θ_g` of the model, in
+    which a plateau of any length takes a number of steps that grows like `log 1/ε` in the init scale `ε`.
+
+    ```python
+    clock = saddlejax.plateau_clock(model, task)
+    solution = diffrax.diffeqsolve(
+        clock.term, diffrax.Tsit5(), 0.0, jax.numpy.inf, None, clock.y0, args=clock.args,
+        stepsize_controller=saddlejax.PlateauController(rtol=1e-4), event=clock.event(saddlejax.Escape()), max_steps=4096,
+    )
+    end = jax.tree.map(lambda a: a[-1], solution.ys)
+    clock.log_time(end), clock.loss(end), clock.model(end)
+    ```
+
+    [`saddlejax.gradient_flow`][] is made of these parts. With [`saddlejax.PlateauSolver`][] in place of the plain solver the
+    steps are the same, and the checks of a step and of its end cost no gradients.
+
+    **Arguments:** as those of [`saddlejax.gradient_flow`][].
+
+    **Returns:** a `PlateauClock` with `term`, `y0`, `args`, `event(until)`, and the functions `log_time(y)`, `model(y)` and
+    `loss(y)` of a state. Times `ts` of the solve are values of `s`, not of `t`.
+
+    **Raises:** `ValueError` as [`saddlejax.gradient_flow`][] does for its `model` and `task`.
+    """
+    return clock_of(as_problem(model, task, trainable))
+
+
+def clock_of(problem: Problem) -> PlateauClock:
+    """The plateau clock of a problem that is checked already."""
+    field, vector, rate = start(problem)
+    memory = remember(nothing_yet(field.log_time_unit), field, vector, rate)
+    return PlateauClock(field, ClockState.unknown(vector, memory), rate)

@@ -1,81 +1,78 @@
-"""A layer as a unit times a direction, `W_l = e^{u_l} V_l`: growth of a layer is motion of one number."""
+"""A group of parameters as a unit times a direction, `θ_g = e^{u_g} V_g`: growth of a group is motion of one number."""
+
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks.mlp import Net, Weights, safe_norm
-from .layer_shapes import LayerShapes
+from ..networks.mlp import safe_norm
+from ..parameters import GroupShapes
 
 
 class Coordinates(eqx.Module):
-    """`W_l = e^{u_l} V_l`, where `‖V_l‖_F` stays near one; the `V_l` are kept in one vector.
+    """`θ_g = e^{u_g} V_g`, where `‖V_g‖` stays near one; the `V_g` are kept in one vector.
 
-    Different units and directions give the same weights, so the rates `du_l/ds` may be chosen freely. On the plateau
-    every layer grows exponentially in the plateau clock: with the unit growing as its layer does, the direction rests,
+    Different units and directions give the same parameters, so the rates `du_g/ds` may be chosen freely. On a plateau
+    every group grows exponentially in the plateau clock: with the unit growing as its group does, the direction rests,
     and only its turning costs steps.
     """
 
-    joined: Float[Array, " weights"]
-    log_units: Float[Array, " layers"]
-    shapes: LayerShapes = eqx.field(static=True)
+    joined: Float[Array, " parameters"]
+    log_units: Float[Array, " groups"]
+    shapes: GroupShapes = eqx.field(static=True)
 
     @property
-    def directions(self) -> Weights:
-        """The directions `V_l`."""
+    def directions(self) -> tuple[Array, ...]:
+        """The directions `V_g`."""
         return self.shapes.split(self.joined)
 
-    def weights(self) -> list[Array]:
-        """The weights `W_l`."""
+    def arrays(self) -> tuple[Array, ...]:
+        """The parameters `θ_g`."""
         units = jnp.exp(self.log_units)
-        return [unit * v for unit, v in zip(units, self.directions, strict=True)]
+        return tuple(unit * v for unit, v in zip(units, self.directions, strict=True))
 
-    def norms(self) -> Float[Array, " layers"]:
-        """The norms `‖W_l‖_F`."""
-        squares = self.shapes.inner(self.joined, self.joined)
-        moved = squares > 0
-        return jnp.where(moved, jnp.exp(self.log_units) * jnp.sqrt(jnp.where(moved, squares, 1)), 0)
+    def shift(self, change: Float[Array, " parameters"]) -> "Coordinates":
+        """Those of parameters changed by so much, in the same units."""
+        joined = self.shapes.map(lambda u, v, c: v + jnp.exp(-u) * c, self.log_units, self.joined, change)
+        return Coordinates(joined, self.log_units, self.shapes)
 
-    def log_norms(self) -> Float[Array, " layers"]:
-        """The logarithms of the norms, `−inf` for a layer that is zero."""
+    def norms(self) -> Float[Array, " groups"]:
+        """The norms `‖θ_g‖`."""
+        return jnp.exp(self.log_norms())
+
+    def log_norms(self) -> Float[Array, " groups"]:
+        """The logarithms of the norms, `−inf` for a group that is zero."""
         squares = self.shapes.inner(self.joined, self.joined)
         there = squares > 0
         return jnp.where(there, self.log_units + 0.5 * jnp.log(jnp.where(there, squares, 1)), -jnp.inf)
 
-    def velocity(self, rates: "Coordinates") -> Float[Array, " weights"]:
-        """The velocities of the layers in their units, `e^{−u_l} dW_l/ds`, given the rates of the coordinates."""
+    def velocity(self, rates: "Coordinates") -> Float[Array, " parameters"]:
+        """The velocities of the groups in their units, `e^{−u_g} dθ_g/ds`, given the rates of the coordinates."""
         return self.shapes.map(
             lambda growth, turning, v: turning + growth * v, rates.log_units, rates.joined, self.joined
         )
 
-    def along(self, velocity: Float[Array, " weights"], growth: Float[Array, " layers"] | None = None) -> "Coordinates":
-        """The rates of the coordinates for such velocities, with units that grow at given rates.
+    def along(self, velocity: Float[Array, " parameters"]) -> "Coordinates":
+        """The rates of the coordinates for such velocities: the units grow as their groups do.
 
-        By default those are `⟨V_l, v_l⟩/‖V_l‖²`, at which the layers themselves grow. A layer that starts from zero
-        has no such rate yet; its unit grows less until the layer has reached it.
+        A group that starts from zero has no rate of growth yet; its unit grows less until the group has reached it.
         """
         shapes, here = self.shapes, self.joined
-        if growth is None:
-            growth = shapes.inner(here, velocity) / jnp.maximum(shapes.inner(here, here), 1)
-        return Coordinates(
-            shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, here), growth, shapes
-        )
+        growth = shapes.inner(here, velocity) / jnp.maximum(shapes.inner(here, here), 1)
+        turning = shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, here)
+        return Coordinates(turning, growth, shapes)
 
 
-def to_coordinates(weights: Weights) -> Coordinates:
-    """The coordinates of given weights.
+def to_coordinates(arrays: Sequence[Array]) -> Coordinates:
+    """The coordinates of given parameters.
 
-    A layer that is exactly zero takes the unit of the smallest other layer and the direction `V_l = 0`; it grows to
-    its unit as the flow moves.
+    A group that is exactly zero takes the unit of the smallest other group and the direction `V_g = 0`; it grows to its
+    unit as the flow moves.
     """
-    norms = jnp.stack([safe_norm(w) for w in weights])
+    norms = jnp.stack([safe_norm(a) for a in arrays])
     smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
     smallest = jnp.where(jnp.isfinite(smallest), smallest, 1)
     units = jnp.where(norms > 0, norms, smallest)
-    shapes = LayerShapes(tuple(w.shape for w in weights))
-    return Coordinates(shapes.join([w / unit for w, unit in zip(weights, units, strict=True)]), jnp.log(units), shapes)
-
-
-def to_net(coordinates: Coordinates, like: Net) -> Net:
-    """The network at given coordinates."""
-    return like.with_weights(coordinates.weights())
+    shapes = GroupShapes(tuple(a.shape for a in arrays))
+    return Coordinates(shapes.join([a / unit for a, unit in zip(arrays, units, strict=True)]), jnp.log(units), shapes)

@@ -1,74 +1,97 @@
-"""Where a function crosses zero within a step, differentiably."""
+"""Where a condition crosses zero within a step: a bracketing root finder for events, as a solver of optimistix."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-MAX_EVALUATIONS = 40
+
+class Bracket(eqx.Module):
+    """The last point, one on the other side of the crossing, the values of the function there, and evaluations made."""
+
+    last: Float[Array, ""]
+    other: Float[Array, ""]
+    f_last: Float[Array, ""]
+    f_other: Float[Array, ""]
+    evaluations: Int[Array, ""]
 
 
-@eqx.filter_custom_jvp
-def crossing(
-    params: Any,
-    bracket: tuple[Array, Array],
-    values: tuple[Array, Array],
-    tolerance: Array,
-    *,
-    function: Callable[[Any, Array], Array],
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The `s` in a bracket where `function(params, s)` rises through zero, and the evaluations spent.
+class Chandrupatla(optx.AbstractRootFinder):
+    """Chandrupatla's method: inverse quadratic interpolation where three points allow it, bisection elsewhere.
 
-    Chandrupatla's method: inverse quadratic interpolation where three points show the function to be monotone enough
-    for it, else the bracket is halved, so that jumps are located as safely as smooth crossings. Its derivative is that
-    of the implicit function theorem, `ds = −(∂f/∂params · d params)/(∂f/∂s)`.
+    Needs `options=dict(lower=..., upper=...)`, between which the function changes its sign, as events of diffrax give
+    them. Jumps are located as safely as smooth crossings. The result is the end of the last bracket that lies after the
+    crossing. A function may return several numbers, of which all but one are zero: their sum counts.
 
-    **Arguments:** `bracket` and the `values` of the function at its ends, the first negative, the second not;
-    `tolerance` in `s`.
+    **Arguments:** `rtol`, `atol`: how well the crossing is located.
+
+    Source: Chandrupatla, Advances in Engineering Software 28 (1997).
     """
 
-    def unfinished(carry: tuple) -> Array:
-        new, other, *_, evaluations = carry
-        return (jnp.abs(other - new) > tolerance) & (evaluations < MAX_EVALUATIONS)
+    rtol: Float[Array, ""] | float
+    atol: Float[Array, ""] | float
+    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm
 
-    def step(carry: tuple) -> tuple:
-        # The last point, that on the other side of the crossing, and where to go between them.
-        x1, x2, f1, f2, share, evaluations = carry
-        x = x1 + share * (x2 - x1)
-        f = function(params, x)
-        same_side = (f < 0) == (f1 < 0)
-        x3, f3 = jnp.where(same_side, x1, x2), jnp.where(same_side, f1, f2)
-        x2, f2 = jnp.where(same_side, x2, x1), jnp.where(same_side, f2, f1)
+    def init(
+        self, fn: Any, y: Any, args: Any, options: dict[str, Any], f_struct: Any, aux_struct: Any, tags: Any
+    ) -> Bracket:
+        """The bracket before anything is evaluated."""
+        del fn, args, f_struct, aux_struct, tags
+        lower, upper = (jnp.asarray(options[end], y.dtype) for end in ("lower", "upper"))
+        unknown = jnp.full_like(y, jnp.nan)
+        return Bracket(upper, lower, unknown, unknown, jnp.asarray(0))
+
+    def step(
+        self, fn: Any, y: Any, args: Any, options: dict[str, Any], state: Bracket, tags: Any
+    ) -> tuple[Array, Bracket, Any]:
+        """One evaluation, and where to look next."""
+        del options, tags
+        # The first two evaluations are those at the ends, in whatever place the search was told to begin.
+        ends = state.evaluations < 2
+        x = jnp.where(ends, state.other, y)
+        values, aux = fn(x, args)
+        f = jax.tree.reduce(lambda a, b: a + b, values).astype(state.f_last.dtype)
+        same = ~ends & ((f < 0) == (state.f_last < 0))
+        x3, f3 = jnp.where(same, state.last, state.other), jnp.where(same, state.f_last, state.f_other)
+        x2, f2 = jnp.where(same, state.other, state.last), jnp.where(same, state.f_other, state.f_last)
+        secant = f / (f - f2)
         xi, phi = (x - x2) / (x3 - x2), (f - f2) / (f3 - f2)
         quadratic = f / (f2 - f) * f3 / (f2 - f3) + (x3 - x) / (x2 - x) * f / (f3 - f) * f2 / (f3 - f2)
         trusted = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi) & jnp.isfinite(quadratic)
-        return x, x2, f, f2, within(jnp.where(trusted, quadratic, 0.5), x2 - x), evaluations + 1
+        share = jnp.where(trusted, quadratic, 0.5)
+        share = jnp.where(ends & jnp.isfinite(secant), secant, share)
+        width = x2 - x
+        # Never closer to an end than half the tolerance: a step beyond the crossing closes the bracket.
+        least = jnp.minimum(0.5 * self._tolerance(x) / jnp.abs(width), 0.5)
+        y = x + jnp.clip(share, least, 1 - least) * width
+        return y, Bracket(x, x2, f, f2, state.evaluations + 1), aux
 
-    def within(share: Array, width: Array) -> Array:
-        """Never closer to an end than half a tolerance: a step beyond the crossing closes the bracket."""
-        least = jnp.minimum(0.5 * tolerance / jnp.abs(width), 0.5)
-        return jnp.clip(share, least, 1 - least)
+    def terminate(
+        self, fn: Any, y: Any, args: Any, options: dict[str, Any], state: Bracket, tags: Any
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Whether the bracket is closed."""
+        del fn, y, args, options, tags
+        closed = jnp.abs(state.other - state.last) <= self._tolerance(state.last)
+        return (closed | (state.f_last == 0)) & (state.evaluations > 1), optx.RESULTS.successful
 
-    (low, high), (f_low, f_high) = bracket, values
-    secant = f_low / (f_low - f_high)
-    first = within(jnp.where(jnp.isfinite(secant), secant, 0.5), high - low)
-    init = (low, high, f_low, f_high, first, jnp.asarray(0))
-    x1, x2, f1, _f2, _, evaluations = jax.lax.while_loop(unfinished, step, init)
-    return jnp.where(f1 < 0, x2, x1), evaluations
+    def postprocess(
+        self,
+        fn: Any,
+        y: Any,
+        aux: Any,
+        args: Any,
+        options: dict[str, Any],
+        state: Bracket,
+        tags: Any,
+        result: optx.RESULTS,
+    ) -> tuple[Array, Any, dict[str, Any]]:
+        """The end of the bracket beyond the crossing."""
+        del fn, y, args, options, tags, result
+        return jnp.maximum(state.last, state.other), aux, {}
 
-
-@crossing.def_jvp
-def _crossing_jvp(primals: tuple, tangents: tuple, *, function: Callable[[Any, Array], Array]) -> tuple:
-    params, bracket, values, tolerance = primals
-    s, evaluations = crossing(params, bracket, values, tolerance, function=function)
-    slope = jax.jvp(lambda at: function(params, at), (s,), (jnp.ones_like(s),))[1]
-    if all(t is None for t in jax.tree.leaves(tangents[0], is_leaf=lambda t: t is None)):
-        change = jnp.zeros_like(s)
-    else:
-        _, change = eqx.filter_jvp(lambda p: function(p, s), (params,), (tangents[0],))
-    flat = slope == 0
-    ds = jnp.where(flat, 0, -change / jnp.where(flat, 1, slope))
-    return (s, evaluations), (ds, None)
+    def _tolerance(self, x: Array) -> Array:
+        return self.atol + self.rtol * jnp.abs(x)

@@ -1,5 +1,6 @@
-"""What a run of gradient descent looks at: its steps in flow time, its record, its minibatches."""
+"""The record of a run of gradient descent: its steps in flow time, its rows, its minibatches."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..gradient import Gradient, gradient
-from ..networks.mlp import AbstractNetwork, layer_norms, safe_norm
-from ..norm_imbalance import imbalance
+from .._numerics import safe_norm
+from ..objective import Problem
 from ..tasks.task import Task
+from .coordinates import to_coordinates
+from .record import spectra
 
 RISE = 0.01
 """The gradient norm counts as having risen, or fallen, once it has changed by this fraction."""
@@ -43,7 +45,7 @@ class Peak(NamedTuple):
         zero, unknown, start = jnp.zeros_like(value), jnp.full_like(value, jnp.nan), (jnp.asarray(0), value * 0)
         return cls(value, zero, jnp.asarray(-1), unknown, unknown, jnp.asarray(False), start, start)
 
-    def see(self, value: Array, step: Array, time: Array) -> "Peak":
+    def updated(self, value: Array, step: Array, time: Array) -> "Peak":
         """The search after one more value of the series."""
         doubled = step >= jnp.maximum(2 * self.late[0], 1)
         early, late = jax.tree.map(
@@ -70,36 +72,34 @@ class Peak(NamedTuple):
         return (self.half < EARLY_TIME * self.time) & (self.step >= LEAST_STEPS)
 
 
-class Seen(NamedTuple):
+class Row(NamedTuple):
     """One row of the record."""
 
     loss: Array
     gradient_norm: Array
-    layer_norms: Array
-    singular_values: tuple[Array, ...]
-    imbalance: Array
+    group_norms: Array
+    singular_values: tuple[Array | None, ...]
 
 
-def look(net: AbstractNetwork, task: Task) -> Seen:
-    """The row of a network, from one gradient on all samples."""
-    at = gradient(net, task)
-    values = tuple(jnp.linalg.svdvals(w) for w in net.weights)
-    return Seen(at.loss, gradient_norm(at), layer_norms(net), values, imbalance(net))
+def row_of(problem: Problem, arrays: Sequence[Array]) -> Row:
+    """The row of a model with given groups, from one gradient of the whole loss."""
+    loss, slopes = jax.value_and_grad(problem.loss)(tuple(arrays))
+    here = to_coordinates(arrays)
+    return Row(loss, safe_norm(here.shapes.join(slopes)), here.norms(), spectra(here))
 
 
-def gradient_norm(at: Gradient) -> Float[Array, ""]:
-    """`‖∇𝓛‖`."""
-    return safe_norm(jnp.stack([safe_norm(g) for g in at.weights]))
+def imbalance_rate(weights: Sequence[Array], slopes: Sequence[Array]) -> Float[Array, " hidden"]:
+    """`dΔ_l/dt = 2⟨W_l, ∂𝓛/∂W_l⟩ − 2⟨W_{l+1}, ∂𝓛/∂W_{l+1}⟩` of the layers of a perceptron under gradient flow."""
+    return -2 * jnp.diff(jnp.stack([jnp.sum(w * slope) for w, slope in zip(weights, slopes, strict=True)]))
 
 
-def flow_time(updates: tuple[Array, ...], gradients: tuple[Array, ...]) -> Float[Array, ""]:
+def flow_time(update: Float[Array, " parameters"], gradient: Float[Array, " parameters"]) -> Float[Array, ""]:
     """`max(0, −⟨u, g⟩ / ‖g‖²)`, safe from underflow of the squares; 0 where the gradient vanishes."""
-    size = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients]))
+    size = jnp.max(jnp.abs(gradient))
     unit = jnp.where(size > 0, size, 1)
-    scaled = [g / unit for g in gradients]
-    along = sum(jnp.sum(u * g) for u, g in zip(updates, scaled, strict=True))
-    squares = sum(jnp.sum(jnp.square(g)) for g in scaled)
-    return jnp.where(size > 0, jnp.maximum(0, -along / (jnp.where(size > 0, squares, 1) * unit)), 0)
+    scaled = gradient / unit
+    squares = jnp.where(size > 0, jnp.sum(jnp.square(scaled)), 1)
+    return jnp.where(size > 0, jnp.maximum(0, -jnp.sum(update * scaled) / (squares * unit)), 0)
 
 
 class Minibatches(eqx.Module):

@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _check
-from ..curvature.krylov import Function, KrylovProblem, KrylovSpace, phi
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
+from ..curvature.lanczos import Function, KrylovProblem, KrylovSpace, phi
 
 
 class Work(NamedTuple):
@@ -28,6 +28,7 @@ class Increments(NamedTuple):
     - `end`: over the whole step; `inner`: over the fractions of it that were asked for.
     - `estimate`: of the error of `end`, what the Krylov spaces leave included.
     - `largest`: the largest eigenvalue of the Jacobian seen from the vector field, zero if that is negative.
+    - `fastest`: the largest absolute value of these eigenvalues.
     - `spaces`: those of the vector field and of the two remainders, where they were asked for.
     - `work`: spent on it.
     """
@@ -36,6 +37,7 @@ class Increments(NamedTuple):
     inner: tuple[Float[Array, " n"], ...]
     estimate: Float[Array, " n"]
     largest: Float[Array, ""]
+    fastest: Float[Array, ""]
     spaces: tuple[KrylovSpace, KrylovSpace, KrylovSpace] | None
     work: Work
 
@@ -184,13 +186,13 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
             )
             if not keep:
                 found = problem.apply(*functions)
-                return found.results, found.largest, found.error, found.used, None
+                return found.results, found.extremes, found.error, found.used, None
             space = problem.space()
-            return space.apply(*functions), jnp.max(space.values), space.error, space.used, space
+            return space.apply(*functions), space.extremes, space.error, space.used, space
 
         rate, product = jax.linearize(field, start)
         half = _functions(0.5, h)[0]
-        (first, *along), largest, left_1, used_1, space_1 = several(rate, 1, [half, *(one[0] for one in at)])
+        (first, *along), (lowest, largest), left_1, used_1, space_1 = several(rate, 1, [half, *(one[0] for one in at)])
 
         def rest(change: Array) -> Array:
             return field(start + change) - rate - product(change)
@@ -204,6 +206,7 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
             inner=tuple(inner),
             estimate=third[-1] + left_1 + left_2 + left_3,
             largest=largest,
+            fastest=jnp.maximum(largest, -lowest),
             spaces=(space_1, space_2, space_3) if keep else None,
             work=Work(jnp.asarray(3), used_1 + used_2 + used_3 + 2),
         )

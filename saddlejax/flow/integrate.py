@@ -1,442 +1,336 @@
-"""The loop: steps in the plateau clock, until the end is reached."""
+"""From the start of a flow to its end by `diffrax.diffeqsolve`, and how it ended."""
 
 import math
 from typing import Any, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from ..networks.mlp import AbstractNetwork, predict
-from ..tasks.task import Task, zero_loss
-from .clock import PlateauField, start
-from .crossing import crossing
-from .method import AbstractMethod
-from .record import Row, Save, empty_rows, imbalance_residual, row
-from .rounding import Dormant, log_gradient_rounding, log_sensitivity, signal_left
-from .state import FlowState
+from ..objective import Problem, TaskObjective
+from .clock import PlateauClock, clock_of
+from .controller import PlateauController
+from .field import PlateauField
+from .record import Row, Save, row
+from .rounding import dormant_gradient_lost, dormant_lost, signal_left
+from .rows_at_times import RowsAtTimes
+from .solvers import PlateauSolver
+from .state import ClockState
 from .status import Status
-from .stepping import StepSize, cancellation, first_step_size, influence, next_step_size
+from .stiff_solver import StiffPlateauSolver
 from .until import AbstractUntil
 
 Kind = Literal["lax", "bounded"]
 
-SMALLEST_STEP = 1e-9
 NO_PLATEAU_GRADIENT = 1e-6
 NO_PLATEAU_LOSS = 0.5
 STILL_ON_PLATEAU = 1e-3
-LOSS_ROUNDING = 100
 UNDERFLOW_MARGIN = 1e4
-LEAST_ERROR, LARGEST_SHARE = 30, 0.1
 
 
-def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
-    """The smallest part of the weights for which an error of `rtol` beside it stays above the rounding of the whole."""
-    return jnp.minimum(LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol, LARGEST_SHARE)
+class Steps(eqx.Module):
+    """How the steps of a flow are taken.
 
-
-class Resolution(eqx.Module):
-    """What is remembered to tell whether rounding can matter.
-
-    - `share`: how small a part of the weights the error must be small beside, one unless they nearly cancel.
-    - `log_ratio`: the largest logarithm so far of the gradient norm over what it is proportional to.
-    - `log_highest`, `log_lowest`: the largest gradient norm so far, and the smallest since dormant parts were lost.
-    - `dormant_lost`: whether something smaller than rounding has grown all the same.
-    - `cancels`: whether the layers nearly cancelled, down to less than the tolerance can resolve.
+    - `explicit`: the explicit solver; None for exponential steps.
+    - `to_escape`: whether the flow is to end at its first escape.
+    - `max_steps`: the most steps to attempt.
+    - `patience`: for how many steps in a row the other kind of step may promise to pay before the flow stops for it.
+    - `rtol`, `min_step`: of the controller.
     """
 
-    share: Float[Array, ""]
-    log_ratio: Float[Array, ""]
-    log_highest: Float[Array, ""]
-    log_lowest: Float[Array, ""]
-    dormant_lost: Bool[Array, ""]
-    cancels: Bool[Array, ""]
+    explicit: dfx.AbstractERK | None
+    rtol: Float[Array, ""]
+    min_step: Float[Array, ""]
+    patience: Float[Array, ""]
+    to_escape: bool = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+    def solver(self, kind: Kind) -> dfx.AbstractAdaptiveSolver:
+        """The solver of the plateau clock; loops over stages are of the given kind."""
+        if self.explicit is None:
+            return StiffPlateauSolver(self.rtol)
+        inner = eqx.tree_at(lambda s: s.scan_kind, self.explicit, kind, is_leaf=lambda leaf: leaf is None)
+        return PlateauSolver(inner)
+
+    @property
+    def controller(self) -> PlateauController:
+        """The step size controller."""
+        if self.explicit is None:
+            return PlateauController(self.rtol, self.min_step, self.to_escape, 3.0, math.inf)
+        return PlateauController(self.rtol, self.min_step, self.to_escape)
 
 
-class Progress(eqx.Module):
-    """The carry of the loop."""
+class Ends(NamedTuple):
+    """Why a stretch of a flow ended; the first one that holds counts."""
 
-    state: FlowState
-    rate: FlowState
-    step: StepSize
-    condition: Float[Array, ""]
-    has_risen: Bool[Array, ""]
-    resolution: Resolution
-    last_condition: Float[Array, ""]
-    memory: PyTree
-    rows: Row
-    next_row: Int[Array, ""]
+    until: Bool[Array, ""]
+    at_rest: Bool[Array, ""]
+    no_plateau: Bool[Array, ""]
+    unsuited: Bool[Array, ""]
+
+
+class EndingController(dfx.AbstractStepSizeController):
+    """A step size controller that also ends a solve: at rest, without a plateau, or for another kind of step."""
+
+    controller: PlateauController
+    patience: Float[Array, ""]
+    sees_plateau: bool = eqx.field(static=True)
+
+    def wrap(self, direction: Any) -> "EndingController":
+        """The clock runs forwards only."""
+        del direction
+        return self
+
+    def init(self, *arguments: Any) -> Any:
+        """The first step is that of the controller inside."""
+        return self.controller.init(*arguments)
+
+    def adapt_step_size(
+        self, t0: Any, t1: Any, y0: ClockState, y1: ClockState, args: PlateauField, *others: Any
+    ) -> tuple[Any, ...]:
+        """The choice of the controller inside, and whether the flow ends."""
+        keep, begin, end, made_jump, state, result = self.controller.adapt_step_size(t0, t1, y0, y1, args, *others)
+        ends = self.ends(args, y1)
+        over = keep & (ends.at_rest | ends.no_plateau | ends.unsuited) | (y0.memory.at_rest > 0)
+        result = dfx.RESULTS.where(over, dfx.RESULTS.event_occurred, result)
+        return keep & ~(y0.memory.at_rest > 0), begin, end, made_jump, state, result
+
+    def ends(self, field: PlateauField, state: ClockState) -> Ends:
+        """Which ends have come at a state whose rate is known."""
+        memory = state.memory
+        no_plateau = _no_plateau(field, state) if self.sees_plateau else jnp.asarray(False)
+        return Ends(jnp.asarray(False), memory.at_rest > 0, no_plateau, memory.unsuited > self.patience)
+
+
+class Stretch(NamedTuple):
+    """A part of a flow that one call of diffrax computes.
+
+    - `state`: at its end, with its rate.
+    - `last`: the row there.
+    - `rows`, `row_steps`: of the accepted steps, or at the times asked for; the steps until each; None where only ends count.
+    - `ends`: why it ended; `stuck`: no step was found whose result is finite and does not raise the loss.
+    - `accepted`, `attempts`, `gradients`, `products`: the work.
+    - `step_size`: for the next step.
+    """
+
+    state: ClockState
+    last: Row
+    rows: Row | None
+    row_steps: Int[Array, " rows"] | None
+    ends: Ends
+    stuck: Bool[Array, ""]
+    accepted: Int[Array, ""]
     attempts: Int[Array, ""]
     gradients: Int[Array, ""]
     products: Int[Array, ""]
-    accepted: Int[Array, ""]
+    step_size: Float[Array, ""]
+
+
+def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
+    """Whether a gradient that never rose has fallen for good."""
+    memory = state.memory
+    rose = memory.log_highest > memory.log_first
+    fallen = field.log_gradient_norm(state.vector, state.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
+    return ~rose & (fallen | (field.layout.split(state.rate).loss < NO_PLATEAU_LOSS * field.plateau))
+
+
+def stretch(
+    clock: PlateauClock,
+    state: ClockState,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    size: Array | None,
+    kind: Kind,
+) -> Stretch:
+    """Follow a flow from a state whose rate is known until it ends."""
+    field, dtype = clock.args, state.vector.dtype
+
+    controller = EndingController(steps.controller, steps.patience, until.uses_curvature)
+    solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
+    if save.times is not None:
+        solver = RowsAtTimes(solver, save)
+    by_steps = save.times is None and save.steps
+    saved = {"end": dfx.SubSaveAt(t1=True)}
+    if by_steps:
+        saved["rows"] = dfx.SubSaveAt(steps=True, fn=lambda t, y, args: row(save, args, y))
+    solution = dfx.diffeqsolve(
+        clock.term,
+        solver,
+        jnp.zeros((), dtype),
+        jnp.asarray(jnp.inf, dtype),
+        size,
+        state,
+        args=field,
+        stepsize_controller=controller,
+        event=clock.event(until, steps.rtol),
+        saveat=dfx.SaveAt(
+            subs=saved,
+            solver_state=True,
+            controller_state=True,
+        ),
+        adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
+        max_steps=steps.max_steps,
+        throw=False,
+    )
+    end = jax.tree.map(lambda a: a[-1], solution.ys["end"])
+    end = eqx.tree_at(lambda y: y.rate, end, field.motion(end.vector))
+    accepted, attempts = jnp.asarray(solution.stats["num_accepted_steps"]), jnp.asarray(solution.stats["num_steps"])
+    last = row(save, field, end)
+    inner = solution.solver_state
+    rows, row_steps, extra = None, None, jnp.asarray(1)
+    if save.times is not None:
+        later = inner.rows.log_time > field.log_time(end)
+        rows, row_steps = _blank(inner.rows, later), jnp.where(later, -1, inner.steps)
+        extra, inner = inner.count, inner.inner
+    elif save.steps:
+        index = jnp.arange(steps.max_steps)
+        rows = _blank(jax.tree.map(lambda a: a[: steps.max_steps], solution.ys["rows"]), index >= accepted)
+        rows = jax.tree.map(lambda all, one: all.at[jnp.maximum(accepted - 1, 0)].set(one), rows, last)
+        rows, row_steps = _blank(rows, index >= accepted), jnp.where(index < accepted, index + 1, -1)
+    if isinstance(inner, tuple) and hasattr(inner, "products"):
+        gradients, products = inner.vector_fields, inner.products
+    else:
+        assert isinstance(steps.explicit, dfx.AbstractERK)
+        stages = steps.explicit.tableau.num_stages - 1
+        gradients, products = attempts * stages + (attempts > 0), jnp.asarray(0)
+    stuck = solution.result == dfx.RESULTS.dt_min_reached
+    assert solution.controller_state is not None
+    ends = controller.ends(field, end)._replace(until=jnp.asarray(solution.event_mask))
+    runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
+    attempts = jnp.where(runs, attempts, 0)
+    if until.uses_curvature:
+        products = products + attempts + 1
+    return Stretch(
+        state=end,
+        last=last,
+        rows=rows,
+        row_steps=row_steps,
+        ends=ends,
+        stuck=stuck,
+        accepted=accepted,
+        attempts=attempts,
+        gradients=gradients + extra,
+        products=products,
+        step_size=solution.controller_state.size,
+    )
+
+
+def _blank(rows: Row, where: Bool[Array, " rows"]) -> Row:
+    """The rows with NaN in some places."""
+    return jax.tree.map(lambda a: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a), rows)
+
+
+class Begin(NamedTuple):
+    """The start of a flow: the clock, the state with its rate, its row, and an outcome where there is one at once."""
+
+    clock: PlateauClock
+    state: ClockState
+    row: Row
     status: Status
-    running: Bool[Array, ""]
+
+
+def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
+    """The start of a flow. Where it ends at once, its state is at rest, so that no step is taken."""
+    clock = clock_of(problem)
+    field = clock.args
+    state = eqx.tree_at(lambda y: y.rate, clock.y0, clock.rate)
+    moving = field.layout.split(state.rate)
+    met = jnp.asarray(False) if until.uses_curvature else until.condition(field, state) >= 0
+    status: Status = Status.step_limit
+    for happened, outcome in (
+        (met, Status.met_at_start),
+        (until.asks_for_escape & ~problem.objective.has_signal(), Status.no_signal),
+        (moving.time == 0, Status.stationary),
+        (_has_underflown(field, state), Status.underflow),
+        (~jnp.isfinite(moving.time * moving.loss), Status.non_finite),
+    ):
+        status = Status.where(happened, outcome, status)
+    over = jnp.where(status == Status.step_limit, 0, 1).astype(state.vector.dtype)
+    state = eqx.tree_at(lambda y: y.memory, state, state.memory._replace(at_rest=over))
+    return Begin(clock, state, row(save, field, state), status)
+
+
+def conclude(first: Begin, until: AbstractUntil, last: Stretch) -> tuple[Status, Float[Array, ""]]:
+    """How a flow ended, and `log t` of its end."""
+    field, state, ends = first.clock.args, last.state, last.ends
+    status = first.status
+    runs = status == Status.step_limit
+    below = field.layout.split(state.rate).loss > field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau)
+    for happened, outcome in (
+        (last.stuck, Status.non_finite),
+        (ends.no_plateau, Status.where(below, Status.stationary, Status.no_plateau)),
+        (ends.at_rest, Status.stationary),
+        (ends.until, until.reached),
+    ):
+        status = Status.where(runs & happened, outcome, status)
+    status = _how_it_rests(status, until, field, state)
+    log_time, end_time = field.log_time(state), until.end_time()
+    if end_time is not None:  # to the last digit, and also where the flow came to rest before
+        log_time = jnp.where(status == until.reached, jnp.log(end_time), log_time)
+    return status, log_time
+
+
+def _how_it_rests(status: Status, until: AbstractUntil, field: PlateauField, state: ClockState) -> Status:
+    """The outcome where the gradient is nothing but rounding: rest for good, a time known beforehand, or lost parts."""
+    rests = status == Status.stationary
+    log_norms = field.layout.split(state.vector).coordinates.log_norms()
+    if field.perceptron and isinstance(field.objective, TaskObjective):
+        model = field.model(state)
+        lost = dormant_gradient_lost(field.log_sizes, log_norms) & signal_left(model, field.objective.task)
+    else:
+        lost = dormant_lost(field.log_sizes, log_norms)
+    if until.end_time() is not None:
+        status = Status.where(rests, until.reached, status)
+    return Status.where(rests & lost, Status.below_rounding, status)
+
+
+def _has_underflown(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
+    """Whether the gradient is, or must be, so small that this floating-point type cannot hold it."""
+    log_units = field.layout.split(state.vector).coordinates.log_units
+    least = jnp.log(UNDERFLOW_MARGIN * jnp.finfo(log_units.dtype).tiny)
+    log_gradient = field.log_gradient_norm(state.vector, state.rate)
+    # Where the gradient of a perceptron is exactly zero, the product of all layers but the smallest bounds what it was.
+    bound = jnp.sum(log_units) - jnp.min(log_units) if field.perceptron else jnp.zeros_like(least)
+    return jnp.where(jnp.isneginf(log_gradient), bound < least, log_gradient < least)
 
 
 class Integration(NamedTuple):
-    """What the loop leaves."""
+    """A flow from its start to its end, in one stretch."""
 
+    first: Begin
+    stretch: Stretch
     status: Status
     log_time: Float[Array, ""]
-    dormant_lost: Bool[Array, ""]
-    cancels: Bool[Array, ""]
-    net: AbstractNetwork
-    rows: Row
-    row_count: Int[Array, ""]
-    imbalance_residual: Float[Array, "rows hidden"]
-    steps: Int[Array, ""]
-    rejected_steps: Int[Array, ""]
-    gradient_evaluations: Int[Array, ""]
-    hessian_vector_products: Int[Array, ""]
 
 
 @eqx.filter_custom_jvp
-def integrate(
-    net: AbstractNetwork,
-    task: Task,
-    until: AbstractUntil,
-    save: Save,
-    rtol: Float[Array, ""],
-    min_step: Float[Array, ""],
-    *,
-    method: AbstractMethod,
-    max_steps: int,
-) -> Integration:
-    """Follow the gradient flow to its end.
+def integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps) -> Integration:
+    """Follow the gradient flow to its end in one stretch.
 
-    Differentiable in both modes with an explicit method: a plain call runs a plain loop, a differentiated one a loop of
-    bounded length. With the exponential method it is not differentiable.
+    Differentiable in both modes with explicit steps: a plain call runs a plain loop, a differentiated one a loop of
+    bounded length.
     """
-    return _integrate(net, task, until, save, rtol, min_step, method, max_steps, "lax")
+    return _integrate(problem, until, save, steps, "lax")
 
 
 @integrate.def_jvp
-def _integrate_jvp(primals: tuple, tangents: tuple, *, method: AbstractMethod, max_steps: int) -> tuple:
-    if not method.differentiable:
+def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
+    if primals[3].explicit is None:
         raise NotImplementedError(
-            "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape the explicit method "
-            "is as fast, and derivatives go through it."
+            "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape explicit steps are as "
+            "fast, and derivatives go through them."
         )
 
     def bounded(*arguments: Any) -> Integration:
-        return _integrate(*arguments, method=method, max_steps=max_steps, kind="bounded")
+        return _integrate(*arguments, kind="bounded")
 
     return eqx.filter_jvp(bounded, primals, tangents)
 
 
-def _integrate(
-    net: AbstractNetwork,
-    task: Task,
-    until: AbstractUntil,
-    save: Save,
-    rtol: Float[Array, ""],
-    min_step: Float[Array, ""],
-    method: AbstractMethod,
-    max_steps: int,
-    kind: Kind,
-) -> Integration:
-    field, state, rate = start(net, task)
-    order = method.order()
-    plateau = zero_loss(task)
-    first_gradient = field.log_gradient_norm(state, rate)
-    slopes = jax.grad(task.mean_loss)(jnp.zeros((task.samples, task.out_size), task.x.dtype))
-    no_signal = jnp.all(slopes == 0)  # nothing then drives the network away from the origin
-    dormant = Dormant.of(state.coordinates)
-    least_share = smallest_share(rtol)
-    longest_step = math.inf if until.asks_for_escape else method.longest_step
-
-    def opposes_signal(state: FlowState) -> Array:
-        return jnp.sum(slopes * predict(field.state_net(state), task.x)) > 0
-
-    def resolve(before: Resolution, state: FlowState, rate: FlowState) -> tuple[Resolution, Array]:
-        """What is remembered of one more state, and whether its gradient is rounding."""
-        share = cancellation(state, rate)
-        # Layers that shrink head for the saddle where the outputs are opposed to the signal; beyond a minimum they are not.
-        on_plateau = rate.loss_integral > plateau - STILL_ON_PLATEAU * jnp.abs(plateau)
-        opposed = jax.lax.cond((share < 1) & on_plateau, opposes_signal, lambda _: jnp.asarray(False), state)
-        share = jnp.where(opposed, share, 1)
-        log_gradient = field.log_gradient_norm(state, rate)
-        sensitivity = log_sensitivity(state.coordinates.log_norms())
-        highest = jnp.maximum(before.log_highest, log_gradient)
-        # After the first escape something may grow that was too small to be there.
-        fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lowest)
-        lowest = jnp.where(
-            fallen & dormant.lost(state.coordinates), jnp.minimum(before.log_lowest, log_gradient), jnp.inf
-        )
-        ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
-        dormant_lost, cancels = (
-            before.dormant_lost | (log_gradient > lowest + 1),
-            before.cancels | (share < least_share),
-        )
-        after = Resolution(jnp.maximum(share, least_share), ratio, highest, lowest, dormant_lost, cancels)
-        return jax.lax.stop_gradient((after, log_gradient <= log_gradient_rounding(ratio, sensitivity)))
-
-    def body(p: Progress) -> Progress:
-        share = p.resolution.share
-        attempt = method.attempt(field, p.state, p.rate, p.step.size, share, dense=save.times is not None)
-        after, new_rate = attempt.after, attempt.rate
-        loss, old_loss = new_rate.loss_integral, p.rate.loss_integral
-        # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
-        size = jnp.maximum(jnp.abs(old_loss), jnp.sqrt(jnp.abs(old_loss * plateau)))
-        rounding = LOSS_ROUNDING * jnp.finfo(loss.dtype).eps * size
-        weight = influence(p.state, p.rate) if until.asks_for_escape else 1
-        scaled = jax.lax.stop_gradient(jnp.maximum(attempt.error * weight, attempt.time_error) / rtol)
-        failed = ~(jnp.isfinite(scaled) & jnp.isfinite(new_rate.time) & (loss <= old_loss + rounding))
-        accepted = ((scaled <= 1) | (p.step.size <= min_step)) & ~failed
-        step = next_step_size(p.step, scaled, accepted, failed, order, min_step, method.largest_growth, longest_step)
-
-        condition = until.condition(field, after, new_rate)
-        ended = accepted & (p.condition < 0) & (condition >= 0)
-        resolution, is_rounding = resolve(p.resolution, after, new_rate)
-        stalled = accepted & ((new_rate.time == 0) | attempt.settled | (is_rounding & (not method.knows_rest)))
-        flat, kept_plateau = _no_plateau(field, after, new_rate, first_gradient, plateau)
-        no_plateau = accepted & ~p.has_risen & (condition >= 0) & flat if until.uses_curvature else jnp.asarray(False)
-        stuck = ~accepted & (step.size < SMALLEST_STEP * jnp.minimum(step.last_size, 1))
-        status = p.status
-        for happened, outcome in (
-            (no_plateau, Status.where(kept_plateau, Status.stationary, Status.no_plateau)),
-            (stuck, Status.non_finite),
-            (stalled, Status.stationary),
-            (ended, until.reached),
-        ):
-            status = Status.where(happened, outcome, status)
-
-        rows, next_row = p.rows, p.next_row
-        if save.times is not None:
-            limit = jnp.where(accepted & ~ended, field.log_time(after), -jnp.inf)
-            within = method.interpolation(p.step.size, attempt.dense)
-            rows, next_row = _rows_at_times(save, field, within, rows, next_row, limit, kind, p.accepted + 1)
-        elif save.steps:
-            write = accepted & ~ended
-            rows = _write(rows, row(save, field, after, new_rate, p.accepted + 1), next_row, write)
-            next_row = next_row + write
-
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)  # noqa: E731
-        return Progress(
-            state=keep(after, p.state),
-            rate=keep(new_rate, p.rate),
-            step=step,
-            condition=jnp.where(accepted, condition, p.condition),
-            has_risen=p.has_risen | (accepted & (condition < 0)),
-            resolution=keep(resolution, p.resolution),
-            last_condition=jnp.where(accepted, p.condition, p.last_condition),
-            # Wanted only where this step ends the flow, and so was accepted.
-            memory=method.remember(attempt, p.state, p.rate),
-            rows=rows,
-            next_row=next_row,
-            attempts=p.attempts + 1,
-            gradients=p.gradients + attempt.gradients,
-            products=p.products + attempt.products,
-            accepted=p.accepted + accepted,
-            status=status,
-            running=~(no_plateau | stuck | stalled | ended),
-        )
-
-    condition = until.condition(field, state, rate)
-    met = (condition >= 0) & (not until.uses_curvature)
-    status: Status = Status.step_limit
-    for happened, outcome in (
-        (met, Status.met_at_start),
-        (until.asks_for_escape & no_signal, Status.no_signal),
-        (rate.time == 0, Status.stationary),
-        (_has_underflown(field, state, rate), Status.underflow),
-        (~jnp.isfinite(rate.time * rate.loss_integral), Status.non_finite),
-    ):
-        status = Status.where(happened, outcome, status)
-    zero = jnp.zeros_like(rtol)
-    first = row(save, field, state, rate, jnp.asarray(0))
-    rows = empty_rows(first, save.rows(max_steps))
-    if save.times is None:
-        rows = _write(rows, first, jnp.asarray(0), jnp.asarray(True))
-    tried = eqx.filter_eval_shape(method.attempt, field, state, rate, zero, zero, False)
-    no = jnp.asarray(False)
-    unknown = Resolution(zero, zero - jnp.inf, zero - jnp.inf, zero + jnp.inf, no, no)
-    resolution, _ = resolve(unknown, state, rate)
-    memory = eqx.filter_eval_shape(method.remember, tried, state, rate)
-    progress = Progress(
-        state=state,
-        rate=rate,
-        step=first_step_size(rtol, order),
-        condition=condition,
-        has_risen=condition < 0,
-        resolution=resolution,
-        last_condition=condition,
-        memory=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), memory),
-        rows=rows,
-        next_row=jnp.asarray(0 if save.times is not None else 1),
-        attempts=jnp.asarray(0),
-        gradients=jnp.asarray(0),
-        products=jnp.asarray(0),
-        accepted=jnp.asarray(0),
-        status=status,
-        running=status == Status.step_limit,
-    )
-    p = eqxi.while_loop(lambda p: p.running, body, progress, max_steps=max_steps, buffers=lambda p: p.rows, kind=kind)
-
-    ended = p.status == until.reached
-    recalled = method.recall(field, p.step.last_size, p.memory)
-    interpolation = recalled.interpolation
-    s_end, evaluations = _locate(until, field, interpolation, p, ended, method.end_tolerance * rtol)
-    inside = interpolation.evaluate(s_end)
-    state = jax.tree.map(lambda a, b: jnp.where(ended, a, b), inside, p.state)
-    status = _how_it_rests(p.status, until, dormant, field, state)
-    log_time = field.log_time(state)
-    end_time = until.end_time()
-    if end_time is not None:  # to the last digit, and also where the flow came to rest before
-        log_time = jnp.where(status == until.reached, jnp.log(end_time), log_time)
-    rows, count = p.rows, p.next_row
-    if save.times is not None:
-        limit = jnp.where(ended, log_time, -jnp.inf)
-        rows, count = _rows_at_times(save, field, interpolation, rows, count, limit, kind, p.accepted)
-        if end_time is not None:
-            limit = jnp.where((status == until.reached) & ~ended, log_time, -jnp.inf)
-            rows, count = _rows_at_rest(
-                save, row(save, field, state, field.rate(state), p.accepted), rows, count, limit
-            )
-    else:
-        write = ended | (not save.steps)
-        last = row(save, field, state, field.rate(state), p.accepted)
-        rested = (status == until.reached) & ~ended
-        if end_time is not None:
-            last = last._replace(log_time=jnp.where(status == until.reached, log_time, last.log_time))
-            write = write | rested
-        rows = _write(rows, last, count, write)
-        count = count + write
-    # Rows at the end of a step come for free; the others take a gradient each.
-    extra_rows = count if save.times is not None else jnp.asarray(write, int)
-    curvature = jnp.asarray(int(until.uses_curvature))
-    return Integration(
-        status=status,
-        log_time=log_time,
-        dormant_lost=p.resolution.dormant_lost,
-        cancels=p.resolution.cancels,
-        net=field.state_net(state),
-        rows=rows,
-        row_count=count,
-        imbalance_residual=imbalance_residual(rows, first.imbalance),
-        steps=p.accepted,
-        rejected_steps=p.attempts - p.accepted,
-        gradient_evaluations=1 + p.gradients + ended * recalled.gradients + curvature * evaluations + extra_rows,
-        hessian_vector_products=p.products + ended * recalled.products + curvature * (1 + p.attempts + evaluations),
-    )
-
-
-def _condition_at(params: tuple, s: Array) -> Array:
-    until, field, interpolation = params
-    return until.condition_at(field, interpolation.evaluate(s))
-
-
-def _locate(
-    until: AbstractUntil,
-    field: PlateauField,
-    interpolation: dfx.AbstractLocalInterpolation,
-    p: Progress,
-    ended: Bool[Array, ""],
-    tolerance: Float[Array, ""],
-) -> tuple[Array, Array]:
-    # Where τ is long beside the time passed, the time of the end asks for more; no evaluations where there is no end.
-    passed = jnp.where(p.rate.time > 0, p.state.time / jnp.where(p.rate.time > 0, p.rate.time, 1), 1)
-    tolerance = tolerance * jnp.minimum(passed, 1)
-    if until.end_time() is not None:  # looking at the time costs next to nothing
-        tolerance = 4 * jnp.finfo(tolerance.dtype).eps * p.step.last_size
-    tolerance = jax.lax.stop_gradient(jnp.where(ended, tolerance, jnp.inf))
-    bracket = jax.lax.stop_gradient((jnp.zeros_like(p.step.last_size), p.step.last_size))
-    values = jax.lax.stop_gradient((p.last_condition, p.condition))
-    return crossing((until, field, interpolation), bracket, values, tolerance, function=_condition_at)
-
-
-def _how_it_rests(
-    status: Status, until: AbstractUntil, dormant: Dormant, field: PlateauField, state: FlowState
-) -> Status:
-    """The outcome where the gradient is nothing but rounding: rest for good, a time known beforehand, or lost parts."""
-    rests = status == Status.stationary
-    lost = rests & dormant.gradient_lost(state.coordinates) & signal_left(field.state_net(state), field.task)
-    if until.end_time() is not None:
-        status = Status.where(rests, until.reached, status)
-    return Status.where(lost, Status.below_rounding, status)
-
-
-def _time_at(params: tuple, s: Array) -> Array:
-    interpolation, time = params
-    return interpolation.evaluate(s).time - time
-
-
-def _rows_at_times(
-    save: Save,
-    field: PlateauField,
-    interpolation: dfx.AbstractLocalInterpolation,
-    rows: Row,
-    next_row: Array,
-    limit: Array,
-    kind: Kind,
-    steps: Array,
-) -> tuple[Row, Array]:
-    """Write the rows of the times asked for, up to the logarithmic time `limit`, that lie within a step."""
-    assert save.times is not None
-    s, end = jnp.asarray(interpolation.t0), jnp.asarray(interpolation.t1)
-    log_times = jnp.log(save.times).astype(s.dtype)
-
-    def waiting(carry: tuple[Row, Array]) -> Array:
-        index = carry[1]
-        return (index < log_times.size) & (log_times[jnp.minimum(index, log_times.size - 1)] <= limit)
-
-    def write(carry: tuple[Row, Array]) -> tuple[Row, Array]:
-        rows, index = carry
-        # In units of τ(θ_0), as the state holds it: nearly linear in s from the first step on.
-        log_time = log_times[jnp.minimum(index, log_times.size - 1)]
-        params = (interpolation, jnp.exp(log_time - field.log_time_unit))
-        bracket = jax.lax.stop_gradient((s, end))
-        ends = jax.lax.stop_gradient(tuple(_time_at(params, end) for end in bracket))
-        at, _ = crossing(params, bracket, ends, 4 * jnp.finfo(s.dtype).eps * (end - s), function=_time_at)
-        state = interpolation.evaluate(at)
-        return _write(rows, row(save, field, state, field.rate(state), steps), index, jnp.asarray(True)), index + 1
-
-    return eqxi.while_loop(
-        waiting, write, (rows, next_row), max_steps=log_times.size, buffers=lambda carry: carry[0], kind=kind
-    )
-
-
-def _rows_at_rest(save: Save, last: Row, rows: Row, count: Array, limit: Array) -> tuple[Row, Array]:
-    """The rows of the times still to come, up to the logarithmic time `limit`, of a flow that moves no more."""
-    assert save.times is not None
-    log_times = jnp.log(save.times).astype(last.log_time.dtype)
-    coming = (jnp.arange(log_times.size) >= count) & (log_times <= limit)
-
-    def fill(buffer: Array, value: Array) -> Array:
-        return jnp.where(coming.reshape(-1, *[1] * value.ndim), value, buffer)
-
-    filled = jax.tree.map(fill, rows, last)
-    filled = filled._replace(log_time=jnp.where(coming, log_times, rows.log_time))
-    return filled, count + jnp.sum(coming)
-
-
-def _write(rows: Row, values: Row, index: Array, wanted: Array) -> Row:
-    def put(buffer: Array, value: Array) -> Array:
-        if isinstance(buffer, jax.Array):
-            return jnp.where(wanted, buffer.at[index].set(value), buffer)
-        return buffer.at[index].set(value, pred=wanted)  # a buffer inside a loop
-
-    return jax.tree.map(put, rows, values, is_leaf=lambda leaf: hasattr(leaf, "at"))
-
-
-def _no_plateau(
-    field: PlateauField, state: FlowState, rate: FlowState, first_gradient: Array, plateau: Array
-) -> tuple[Array, Array]:
-    """Whether a gradient that never rose has fallen for good, and whether the loss is still that of the plateau."""
-    fallen = field.log_gradient_norm(state, rate) < first_gradient + jnp.log(NO_PLATEAU_GRADIENT)
-    below = rate.loss_integral < NO_PLATEAU_LOSS * plateau
-    return fallen | below, rate.loss_integral > (1 - STILL_ON_PLATEAU) * plateau
-
-
-def _has_underflown(field: PlateauField, state: FlowState, rate: FlowState) -> Bool[Array, ""]:
-    """Whether the gradient is, or must be, so small that this floating-point type cannot hold it."""
-    log_units = state.coordinates.log_units
-    least = jnp.log(UNDERFLOW_MARGIN * jnp.finfo(log_units.dtype).tiny)
-    log_gradient = field.log_gradient_norm(state, rate)
-    # Where the gradient is exactly zero, the product of all layers but the smallest bounds what it would have been.
-    bound = jnp.sum(log_units) - jnp.min(log_units)
-    return jnp.where(jnp.isneginf(log_gradient), bound < least, log_gradient < least)
+def _integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps, kind: Kind) -> Integration:
+    first = begin(problem, until, save)
+    found = stretch(first.clock, first.state, until, save, steps, None, kind)
+    return Integration(first, found, *conclude(first, until, found))

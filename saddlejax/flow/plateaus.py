@@ -1,23 +1,32 @@
 """The saddles that a flow visits: plateaus, and the ranks of the network on them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
+from jaxtyping import Array, Float, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
+from .._numerics import power_of_ten
 from ..curvature.stationary import StationaryPoint, nearby_stationary_point
 from ..networks.activation_class import slope_jumps
-from ..networks.mlp import AbstractNetwork
+from ..networks.mlp import AbstractNetwork, is_perceptron
+from ..parameters import Parameters
 from ..tasks.task import Task
-from .result import Flow, power_of_ten
 from .rounding import log_gradient_rounding, log_sensitivity
 from .status import Status
+
+if TYPE_CHECKING:
+    from .result import Flow
+else:
+    Flow = Any  # the module that defines it imports this one
 
 RANK_TOLERANCE = 0.1
 E_FOLD = 1.0
@@ -32,9 +41,12 @@ class Plateau(eqx.Module):
     - `log_time`, `row`: when, and in which row of the flow, the gradient was smallest.
     - `loss`, `gradient_norm`: `𝓛` and `‖∇𝓛‖` there.
     - `prominence`: by how many e-folds `‖∇𝓛‖²` rises from there, on the side where it rises less.
-    - `ranks`: the number of singular values of every layer above the tolerance.
-    - `stable_ranks`: `‖W_l‖_F²/‖W_l‖_op²` of every layer.
-    - `bottleneck_rank`: an interval for the bottleneck rank of the network, `max_x rank Jf(x)` to `min_l rank W_l`.
+    - `ranks`: the number of singular values above the tolerance, one for every matrix of the model: the layers of a
+      perceptron, the groups named in [`saddlejax.staircase.Plateaus`][] of any other model.
+    - `stable_ranks`: `‖W_l‖_F²/‖W_l‖_op²` of every matrix.
+    - `bottleneck_rank`: an interval for the bottleneck rank of the network, from `max_x rank Jf(x)` to `min_l rank W_l`
+      for a perceptron, to the smaller of the numbers of inputs and outputs for any other model; None where there is no
+      task.
     - `saddle`: the stationary point close by, where asked for.
     - `log_end_error`: by how much another flow, at another tolerance, is later to lose half of what is lost from this
       plateau to the next one, in `log t`; None where not asked for, NaN where that flow does not come so far.
@@ -49,7 +61,7 @@ class Plateau(eqx.Module):
     prominence: float = eqx.field(static=True)
     ranks: tuple[int, ...] = eqx.field(static=True)
     stable_ranks: tuple[float, ...] = eqx.field(static=True)
-    bottleneck_rank: tuple[int, int] = eqx.field(static=True)
+    bottleneck_rank: tuple[int, int] | None = eqx.field(static=True)
     saddle: StationaryPoint | None
     log_end_error: float | None = eqx.field(static=True)
 
@@ -69,6 +81,8 @@ class Plateaus(eqx.Module):
     """The plateaus of a flow in order; a sequence that prints as a table."""
 
     plateaus: tuple[Plateau, ...]
+    groups: tuple[str, ...] = eqx.field(static=True)
+    """The names of the matrices that `ranks` and `stable_ranks` are of."""
     rank_tolerance: float = eqx.field(static=True)
     known_roughly: bool = eqx.field(static=True)
     """Whether kinks make the ends of late plateaus uncertain, and no other flow says by how much."""
@@ -90,14 +104,13 @@ class Plateaus(eqx.Module):
         head = (
             "  start        end          loss         ‖∇L‖     ranks          stable ranks             bottleneck rank"
         )
-        lines = [f"{len(self)} plateaus, ranks at tolerance {self.rank_tolerance:g}", head]
+        of = f" of {', '.join(self.groups)}" if self.groups else ""
+        lines = [f"{len(self)} plateaus, ranks{of} at tolerance {self.rank_tolerance:g}", head]
         for p in self:
             stable = " ".join(f"{r:.2f}" for r in p.stable_ranks)
-            low, high = p.bottleneck_rank
             lines.append(
                 f"  {power_of_ten(p.log_start, 4):12s} {power_of_ten(p.log_end, 4):12s} {p.loss:<12.6g} "
-                f"{p.gradient_norm:.1e}  {' '.join(map(str, p.ranks)):14s} {stable:24s} "
-                f"{low if low == high else f'{low} to {high}'}"
+                f"{p.gradient_norm:.1e}  {' '.join(map(str, p.ranks)):14s} {stable:24s} {interval(p.bottleneck_rank)}"
             )
             if p.log_end_error is not None:
                 moved = (
@@ -113,6 +126,14 @@ class Plateaus(eqx.Module):
         return "\n".join(lines)
 
 
+def interval(ends: tuple[int, int] | None) -> str:
+    """An interval of whole numbers in words."""
+    if ends is None:
+        return "unknown"
+    low, high = ends
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _record(plateau: Plateau) -> dict:
     fields = {name: value for name, value in vars(plateau).items() if name != "saddle"}
     if plateau.saddle is not None:
@@ -123,7 +144,7 @@ def _record(plateau: Plateau) -> dict:
 @safe_to_interrupt
 def plateaus(
     flow: Flow,
-    task: Task | None = None,
+    task: Task | Callable[[Any], Array] | None = None,
     *,
     polish: bool = False,
     check: Flow | None = None,
@@ -132,9 +153,9 @@ def plateaus(
     """The plateaus of a single flow, from the rows it kept.
 
     A plateau is a local minimum of `‖∇𝓛‖` along the flow; it lasts from the steepest descent before it to the steepest
-    descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Of neighbouring extrema of `‖∇𝓛‖²` that differ
-    by less than a factor e, the unit of the logarithm, the flatter pair is merged first, until none is left. The end
-    of a flow that is still slowing down is no plateau; a flow that has come to rest, whose gradient is nothing but
+    descent after it, which are local maxima of `−d𝓛/d log t = t‖∇𝓛‖²`. Minima count from which `‖∇𝓛‖²` rises by a factor
+    e, the unit of the logarithm, before it falls below them again on either side. The end of a flow that is still slowing
+    down is no plateau; a flow that has come to rest, whose gradient is nothing but
     rounding, ends on one plateau, the last, without an end. Where the gradient jumps at kinks, or an explicit step is
     bounded by stability, `‖∇𝓛‖` also has minima that mean nothing. So from one plateau to the next the loss must fall by
     more than 1e-7 of itself, and faster, on the whole, than the geometric mean of `‖∇𝓛‖²` on both.
@@ -142,11 +163,12 @@ def plateaus(
     **Arguments:**
 
     - `flow`: of [`saddlejax.gradient_flow`][], with a row a step (the default) or at many times.
-    - `task`: the task of the flow; needed where the flow does not know it, see [`saddlejax.Flow`][].
+    - `task`: the task of the flow, or its function `loss(model) -> scalar`; needed where the flow does not know it, see
+      [`saddlejax.Flow`][].
     - `polish`: also search for the stationary points nearby. Needs the weights: `save=Save(weights=True)`.
     - `check`: the same flow at another tolerance, to see how far the times can be trusted.
-    - `rank_tolerance`: singular values count towards the rank of a layer where they exceed this part of the largest that
-      the layer ever has along the flow. So the network at the origin has rank zero. The same holds for the Jacobian
+    - `rank_tolerance`: singular values count towards the rank of a matrix where they exceed this part of the largest that
+      the matrix ever has along the flow. So the network at the origin has rank zero. The same holds for the Jacobian
       `Jf(x)`, of which the largest at the end of the flow sets the scale; where the weights were not kept, the lower end
       of `bottleneck_rank` is 0.
 
@@ -177,12 +199,22 @@ def plateaus(
 
     known = np.flatnonzero(np.isfinite(np.asarray(flow.losses)))
     log_times, losses = np.asarray(flow.log_times, float)[known], np.asarray(flow.losses, float)[known]
-    log_gradients, rounding = _log_gradients(flow, known)
+    perceptron = isinstance(flow.net, AbstractNetwork) and is_perceptron(flow.net)
+    log_gradients, rounding = _log_gradients(flow, known, perceptron)
     slopes = 2 * np.maximum(log_gradients, rounding)
-    spectra = [np.asarray(values)[known] for values in flow.singular_values]
-    scale = None
-    if task is not None and flow.weights is not None:
-        scale = _jacobians(_at(flow, known[-1]), task)[:, 0].max()
+    matrices = [i for i, values in enumerate(flow.singular_values) if values is not None]
+    spectra = [np.asarray(flow.singular_values[i])[known] for i in matrices]
+    parameters = Parameters.of(flow.net, _moved(flow))
+    names = parameters.names
+
+    def at(row: int) -> PyTree:
+        assert flow.weights is not None
+        return parameters.with_arrays([w[row] for w in flow.weights])
+
+    jacobians = None
+    if isinstance(task, Task) and flow.weights is not None:
+        jacobians = partial(_jacobian_values, task=task)
+        scale = np.asarray(jacobians(at(known[-1]))).max()
     bottoms, heights = _bottoms(slopes)
     bottoms, heights = _left_for_good(bottoms, heights, log_times, losses, slopes)
     stretches = itertools.pairwise([*bottoms, len(known)])
@@ -202,9 +234,11 @@ def plateaus(
     for i, (bottom, height) in enumerate(zip(bottoms, heights, strict=True)):
         row = int(known[bottom])
         ranks = tuple(int(np.sum(s[bottom] > rank_tolerance * s.max())) for s in spectra)
-        lowest = 0
-        if scale is not None and task is not None:
-            lowest = int((_jacobians(_at(flow, row), task) > rank_tolerance * scale).sum(axis=1).max())
+        bottleneck = (0, min(ranks)) if perceptron else None
+        if jacobians is not None:
+            values = np.asarray(jacobians(at(row)))
+            least = int((values > rank_tolerance * scale).sum(axis=1).max())
+            bottleneck = (min(least, *ranks), min(ranks)) if perceptron else (least, values.shape[1])
         found.append(
             Plateau(
                 log_start=ends[i - 1] if i else -np.inf,
@@ -216,21 +250,32 @@ def plateaus(
                 prominence=height,
                 ranks=ranks,
                 stable_ranks=tuple(_stable_rank(s[bottom]) for s in spectra),
-                bottleneck_rank=(min(lowest, *ranks), min(ranks)),
-                saddle=nearby_stationary_point(_at(flow, row), task) if polish and task is not None else None,
+                bottleneck_rank=bottleneck,
+                saddle=nearby_stationary_point(at(row), task, _moved(flow)) if polish and task is not None else None,
                 log_end_error=errors[i],
             )
         )
-    kinked = flow.net.depth > 1 and slope_jumps(flow.net.activation)
-    return Plateaus(tuple(found), rank_tolerance, known_roughly=kinked and check is None)
+    kinked = perceptron and flow.net.depth > 1 and slope_jumps(flow.net.activation)
+    groups = tuple(names[i] for i in matrices)
+    return Plateaus(tuple(found), groups, rank_tolerance, known_roughly=kinked and check is None)
 
 
-def _log_gradients(flow: Flow, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moved(flow: Flow) -> PyTree[bool] | None:
+    """Which leaves of the model moved along the flow."""
+    names = getattr(flow, "names", None)
+    if names is None:
+        return None
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).lstrip(".") in names, flow.net)
+
+
+def _log_gradients(flow: Flow, rows: np.ndarray, perceptron: bool) -> tuple[np.ndarray, np.ndarray]:
     """`log ‖∇𝓛‖` row by row, and what may be nothing but rounding of it."""
     gradients, norms = np.asarray(flow.gradient_norms)[rows], np.asarray(flow.layer_norms)[rows]
     logs = np.log(np.maximum(gradients, np.finfo(gradients.dtype).tiny))
-    with np.errstate(divide="ignore"):  # layers may be zero
-        sensitivity = log_sensitivity(np.log(norms))
+    sensitivity = np.zeros_like(logs)
+    if perceptron:
+        with np.errstate(divide="ignore"):  # layers may be zero
+            sensitivity = log_sensitivity(np.log(norms))
     return logs, log_gradient_rounding(np.max(logs - sensitivity), sensitivity)
 
 
@@ -248,22 +293,9 @@ def _stable_rank(values: np.ndarray) -> float:
 
 
 def _bottoms(slopes: np.ndarray) -> tuple[list[int], list[float]]:
-    """The rows of the minima that count, and their prominences."""
-    turns = [0, *(np.flatnonzero(np.diff(np.sign(np.diff(slopes)))) + 1).tolist(), len(slopes) - 1]
-    while len(turns) > 1:
-        rises = np.abs(np.diff(slopes[turns]))
-        flattest = int(np.argmin(rises))
-        if rises[flattest] >= E_FOLD:
-            break
-        # An end of the flow is kept, its neighbour is not; elsewhere a minimum and a maximum cancel.
-        first, last = flattest == 0, flattest == len(turns) - 2
-        drop = [1] if first and not last else [len(turns) - 2] if last and not first else [flattest, flattest + 1]
-        turns = [t for i, t in enumerate(turns) if i not in drop]
-    if len(turns) < 2:
-        return [], []
-    rises = np.diff(slopes[turns])
-    kept = [i for i in range(len(turns) - 1) if rises[i] > 0]
-    return [turns[i] for i in kept], [float(min(rises[i], -rises[i - 1] if i else np.inf)) for i in kept]
+    """The rows of the minima that count, and their prominences. Before the flow began there was nothing lower."""
+    bottoms, found = scipy.signal.find_peaks([-np.inf, *-slopes], prominence=E_FOLD)
+    return (bottoms - 1).tolist(), found["prominences"].tolist()
 
 
 def _left_for_good(
@@ -348,16 +380,9 @@ def _log_time_of_steepest(log_times: np.ndarray, slopes: np.ndarray, losses: np.
     return float(found)
 
 
-def _at(flow: Flow, row: int) -> AbstractNetwork:
-    assert flow.weights is not None
-    return flow.net.with_weights([w[row] for w in flow.weights])
-
-
 @eqx.filter_jit
-def _jacobian_values(net: AbstractNetwork, task: Task) -> jax.Array:
-    return jnp.linalg.svd(jax.vmap(jax.jacrev(net))(task.x), compute_uv=False)
-
-
-def _jacobians(net: AbstractNetwork, task: Task) -> np.ndarray:
+def _jacobian_values(model: PyTree, task: Task) -> Float[Array, "samples values"]:
     """The singular values of `Jf(x)` for every sample, largest first."""
-    return np.asarray(_jacobian_values(net, task))
+    with jax.default_matmul_precision("highest"):
+        jacobians = jax.vmap(jax.jacrev(model))(task.x)
+    return jnp.linalg.svd(jacobians.reshape(*jacobians.shape[:2], -1), compute_uv=False)

@@ -3,15 +3,14 @@
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import Weights
-from .clock import PlateauField
-from .state import FlowState
+from .coordinates import Coordinates
+from .field import PlateauField
+from .state import ClockState
 
 
 class Save(eqx.Module):
@@ -49,61 +48,51 @@ class Save(eqx.Module):
         self.singular_values = singular_values
         self.weights = weights
 
-    def rows(self, max_steps: int) -> int:
-        """The number of rows to make room for."""
-        if self.times is not None:
-            return self.times.size
-        return max_steps + 2 if self.steps else 2
-
 
 class Row(NamedTuple):
-    """One row, or all of them with a leading axis."""
+    """One row, or all of them with a leading axis: floating-point numbers alone."""
 
     log_time: Float[Array, "*rows"]
-    steps: Int[Array, "*rows"]
     loss: Float[Array, "*rows"]
     gradient_norm: Float[Array, "*rows"]
-    layer_norms: Float[Array, "*rows layers"]
-    imbalance: Float[Array, "*rows hidden"]
-    imbalance_drift: Float[Array, "*rows hidden"]
-    singular_values: tuple[Float[Array, "*rows _"], ...] | None
-    weights: Weights | None
+    group_norms: Float[Array, "*rows groups"]
+    energy: Float[Array, "*rows"]
+    drift: Float[Array, "*rows hidden"]
+    singular_values: tuple[Float[Array, "*rows _"] | None, ...] | None
+    arrays: tuple[Float[Array, "..."], ...] | None
 
 
-def row(save: Save, field: PlateauField, state: FlowState, rate: FlowState, steps: Int[Array, ""]) -> Row:
-    """The row of a state, whose rate is known, after so many steps."""
-    net, coordinates = field.state_net(state), state.coordinates
-    norms = coordinates.norms()
-    # A step that will be rejected may have led to NaN, of which LAPACK complains.
-    directions = [jnp.where(jnp.all(jnp.isfinite(v)), v, 0) for v in coordinates.directions]
-    spectra = tuple(
-        jnp.exp(u) * jnp.linalg.svd(v, compute_uv=False) for u, v in zip(coordinates.log_units, directions, strict=True)
-    )
+def row(save: Save, field: PlateauField, state: ClockState) -> Row:
+    """The row of a state whose rate is known."""
+    here, moving = field.layout.split(state.vector), field.layout.split(state.rate)
+    coordinates = here.coordinates
     return Row(
         log_time=field.log_time(state),
-        steps=steps,
-        loss=rate.loss_integral,
-        gradient_norm=jnp.exp(field.log_gradient_norm(state, rate)),
-        layer_norms=norms,
-        imbalance=jnp.diff(jnp.square(norms)),
-        imbalance_drift=state.imbalance_drift,
-        singular_values=spectra if save.singular_values else None,
-        weights=tuple(net.weights) if save.weights else None,
+        loss=moving.loss,
+        gradient_norm=jnp.exp(field.log_gradient_norm(state.vector, state.rate)),
+        group_norms=coordinates.norms(),
+        energy=here.energy,
+        drift=here.drift,
+        singular_values=spectra(coordinates) if save.singular_values else None,
+        arrays=coordinates.arrays() if save.weights else None,
     )
+
+
+def spectra(coordinates: Coordinates) -> tuple[Float[Array, " _"] | None, ...]:
+    """The singular values of every group as a matrix `(shape[0], rest)`; None for vectors and numbers."""
+    found: list[Array | None] = []
+    for unit, direction in zip(jnp.exp(coordinates.log_units), coordinates.directions, strict=True):
+        if direction.ndim < 2:
+            found.append(None)
+            continue
+        # A step that will be rejected may have led to NaN, of which LAPACK complains.
+        finite = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0)
+        found.append(unit * jnp.linalg.svd(finite.reshape(finite.shape[0], -1), compute_uv=False))
+    return tuple(found)
 
 
 def imbalance_residual(rows: Row, first: Float[Array, " hidden"]) -> Float[Array, "rows hidden"]:
-    """`Δ(t) − Δ(0) − ∫ rate dt` relative to the squared norms of the two layers concerned."""
-    squares = jnp.square(rows.layer_norms)
+    """`Δ(t) − Δ(0) − ∫ rate dt` of the layers of a perceptron, relative to the squared norms of the two concerned."""
+    squares = jnp.square(rows.group_norms)
     size = squares[..., 1:] + squares[..., :-1]
-    return (rows.imbalance - first - rows.imbalance_drift) / jnp.where(size == 0, 1, size)
-
-
-def empty_rows(like: Row, rows: int) -> Row:
-    """Room for so many rows, filled with NaN (counts with −1)."""
-
-    def room(a: Array) -> Array:
-        fill = jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else -1
-        return jnp.full((rows, *a.shape), fill, a.dtype)
-
-    return jax.tree.map(room, like)
+    return (jnp.diff(squares) - first - rows.drift) / jnp.where(size == 0, 1, size)

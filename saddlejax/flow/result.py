@@ -1,26 +1,27 @@
 """The record of a flow."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
-from ..networks.mlp import AbstractNetwork, Weights
+from .._numerics import power_of_ten as power_of_ten
+from ..networks.mlp import AbstractNetwork
 from ..tasks.task import Task
+from .plateaus import Plateaus, plateaus
 from .status import Status
 from .task_reference import TaskReference
 from .until import AbstractUntil, in_words
 
-if TYPE_CHECKING:
-    from .plateaus import Plateaus
-
 SMALLEST_DROP = 1e-3
 """An escape, measured or predicted, at which less of the loss is lost than this share is reported with a word."""
 SAME_TIME = 1e-5
+ROUNDING_OF_LOSS = 1e3
 
 
 class Flow(eqx.Module):
@@ -33,13 +34,17 @@ class Flow(eqx.Module):
     - `log_escape_time`: logarithm of the time `t` of the escape; NaN unless the status is `escaped`.
     - `steps`: steps of the integrator, or of the optimiser, taken up to each row, `(rows,)`.
     - `log_times`, `losses`, `gradient_norms`: `log t`, `𝓛` and `‖∇𝓛‖`, `(rows,)`.
-    - `layer_norms`: Frobenius norms, `(rows, L)`.
-    - `singular_values`: a tuple of `L` arrays `(rows, min(n_l, n_{l−1}))`, or None where not kept.
-    - `imbalance`: `Δ_l = ‖W_{l+1}‖² − ‖W_l‖²`, `(rows, L − 1)`.
+    - `names`: of the groups, the arrays of the model that move, such as `layers[0].bias`: for a perceptron its `L` layers.
+    - `layer_norms`: Frobenius norms of the groups, `(rows, groups)`.
+    - `singular_values`: a tuple with one array `(rows, min(n_l, n_{l−1}))` a group, or None where not kept. A group with more
+      than two axes counts as the matrix `(shape[0], rest)`; one with fewer has None in its place.
+    - `energy`: `∫ ‖∇𝓛‖² dt`, which for the exact flow is the loss lost, `(rows,)`.
+    - `imbalance`: `Δ_l = ‖W_{l+1}‖² − ‖W_l‖²`, `(rows, L − 1)`; None for a model that is no perceptron.
     - `imbalance_residual`: `Δ_l(t) − Δ_l(0) − ∫ (dΔ_l/dt) dt`, relative to `‖W_l‖² + ‖W_{l+1}‖²`, `(rows, L − 1)`. Zero
-      for the exact flow (Rawal & DeWeese, arXiv:2605.01288), so that what is left is numerical error.
-    - `weights`: a tuple of `L` arrays `(rows, n_l, n_{l−1})`, or None where not kept.
-    - `net`: the network at the end.
+      for the exact flow (Rawal & DeWeese, arXiv:2605.01288), so that what is left is numerical error. None for a model
+      that is no perceptron.
+    - `weights`: a tuple with one array `(rows, *shape)` a group, or None where not kept.
+    - `net`: the model at the end.
     - `stats`: the work as whole numbers, by name. Of a flow: `steps` accepted, `rejected_steps`, `gradient_evaluations` and
       `hessian_vector_products`; of gradient descent: `steps`, `gradient_evaluations` and `escape_step`.
     - `resolved`: False where the flow depends on something that is smaller than rounding, or than the tolerance can be
@@ -58,16 +63,18 @@ class Flow(eqx.Module):
     losses: Float[Array, " rows"]
     gradient_norms: Float[Array, " rows"]
     layer_norms: Float[Array, "rows layers"]
-    singular_values: tuple[Float[Array, "rows _"], ...] | None
-    imbalance: Float[Array, "rows hidden"]
-    imbalance_residual: Float[Array, "rows hidden"]
-    weights: Weights | None
-    net: AbstractNetwork
+    singular_values: tuple[Float[Array, "rows _"] | None, ...] | None
+    energy: Float[Array, " rows"] | None
+    imbalance: Float[Array, "rows hidden"] | None
+    imbalance_residual: Float[Array, "rows hidden"] | None
+    weights: tuple[Float[Array, "rows ..."], ...] | None
+    net: PyTree
     stats: dict[str, Int[Array, ""]]
     resolved: Bool[Array, ""]
     until: AbstractUntil | None
     rtol: Float[Array, ""] | None
     method: str = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
     reference: TaskReference = eqx.field(default_factory=TaskReference)
 
     @property
@@ -98,19 +105,40 @@ class Flow(eqx.Module):
         return (first - jnp.take_along_axis(self.losses, last[..., None], axis=-1)[..., 0]) / first
 
     @property
+    def energy_error(self) -> Float[Array, ""]:
+        """`|𝓛(0) − 𝓛(t) − ∫ ‖∇𝓛‖² dt|` at the last row, relative to the loss lost; one number a flow of a batch.
+
+        Zero for the exact flow of any model. A consistency check of the integration, not a bound on the error of the escape
+        time. Where the loss lost is below the rounding of the loss it says nothing, and is then small.
+        """
+        if self.energy is None:
+            raise _check.fail("flow", "be a gradient flow", "gradient descent, which has no energy", "See flow.losses.")
+        last = jnp.maximum(jnp.sum(self.steps >= 0, axis=-1) - 1, 0)[..., None]
+        first = self.losses[..., 0]
+        lost = first - jnp.take_along_axis(self.losses, last, axis=-1)[..., 0]
+        spent = jnp.take_along_axis(self.energy, last, axis=-1)[..., 0] - self.energy[..., 0]
+        least = ROUNDING_OF_LOSS * jnp.finfo(lost.dtype).eps * jnp.abs(first)
+        return jnp.abs(lost - spent) / jnp.maximum(jnp.abs(lost), least)
+
+    @property
     def imbalance_error(self) -> Float[Array, ""]:
-        """The largest relative violation of the imbalance identity over rows and layers.
+        """The largest relative violation of the imbalance identity over rows and layers; of perceptrons only.
 
         A consistency check of the integration, not a bound on the error of the escape time; it is blind where layers are equal.
         """
+        if self.imbalance_residual is None:
+            raise _check.fail(
+                "flow",
+                "be one of a perceptron",
+                f"one of a {type(self.net).__name__}",
+                "For any model see energy_error.",
+            )
         residual = jnp.abs(self.imbalance_residual)
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
 
-    def plateaus(self, task: Task | None = None, **options: Any) -> "Plateaus":
+    def plateaus(self, task: Task | Callable[[Any], Array] | None = None, **options: Any) -> Plateaus:
         """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
-        from .plateaus import plateaus
-
         return plateaus(self, task, **options)
 
     def __str__(self) -> str:
@@ -132,6 +160,7 @@ def trim(flow: Flow, rows: int) -> Flow:
         f.gradient_norms,
         f.layer_norms,
         f.singular_values,
+        f.energy,
         f.imbalance,
         f.imbalance_residual,
         f.weights,
@@ -141,20 +170,12 @@ def trim(flow: Flow, rows: int) -> Flow:
     return eqx.tree_at(series, flow, cut, is_leaf=lambda leaf: leaf is None)
 
 
-def power_of_ten(log_value: float, digits: int = 5) -> str:
-    """A number from its natural logarithm, however large, with so many digits after the first."""
-    if not np.isfinite(log_value):
-        return str(np.exp(log_value))
-    exponent = int(np.floor(log_value / np.log(10)))
-    if exponent < -4 or exponent > 5:
-        return f"{np.exp(log_value - exponent * np.log(10)):.{digits}f}e{exponent:+d}"
-    return f"{np.exp(log_value):.{max(digits - exponent, 0)}f}"
-
-
 def _summary(flow: Flow) -> str:
-    sizes = "-".join(map(str, flow.net.sizes))
     stats = {name: int(count) for name, count in flow.stats.items()}
-    lines = [f"Flow of {sizes}, {flow.losses.dtype}, until {flow.target}", f"  outcome          {Status[flow.status]}"]
+    lines = [
+        f"Flow of {_subject(flow)}, {flow.losses.dtype}, until {flow.target}",
+        f"  outcome          {Status[flow.status]}",
+    ]
     if bool(flow.status == Status.escaped):
         log_time = float(flow.log_escape_time)
         lines.append(f"  escape time      {power_of_ten(log_time)}   (log {log_time:.6g})")
@@ -170,7 +191,7 @@ def _summary(flow: Flow) -> str:
     lines += [
         f"  loss             {float(flow.losses[0]):.6g} → {float(flow.losses[-1]):.6g}   (first and last row)",
         f"  layer norms      {norms[0]} → {norms[1]}",
-        f"  imbalance error  {float(flow.imbalance_error):.1e}",
+        *_certificates(flow),
         "  work             " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stats.items()),
         f"  method           {_method(flow)}",
     ]
@@ -192,16 +213,18 @@ def _drop_at_escape(flow: Flow) -> float:
 
 
 def _batch_summary(flow: Flow) -> str:
-    names, counts = np.unique([Status._index_to_message[i] for i in np.ravel(flow.status._value)], return_counts=True)
+    (numbers,) = jax.tree.leaves(flow.status)
+    found, counts = np.unique(np.asarray(numbers), return_counts=True)
+    names = [Status[jax.tree.map(lambda _, n=number: jnp.asarray(n), flow.status)] for number in found]
     times = np.ravel(flow.log_escape_time)
     known = times[np.isfinite(times)]
-    lines = [f"{times.size} flows of {'-'.join(map(str, flow.net.sizes))}, {flow.losses.dtype}, until {flow.target}"]
+    lines = [f"{times.size} flows of {_subject(flow)}, {flow.losses.dtype}, until {flow.target}"]
     lines += [f"  {count:6d}  {name}" for name, count in zip(names, counts, strict=True)]
     if known.size:
         low, middle, high = (power_of_ten(float(f(known))) for f in (np.min, np.median, np.max))
         lines.append(f"  escape times     {low} … {high}, median {middle}")
     lines += [
-        f"  imbalance error  at most {float(jnp.max(flow.imbalance_error)):.1e}",
+        *_certificates(flow),
         f"  work             {int(jnp.sum(flow.stats['gradient_evaluations']))} gradient evaluations",
         f"  method           {_method(flow)}",
     ]
@@ -209,3 +232,20 @@ def _batch_summary(flow: Flow) -> str:
     if unresolved:
         lines.append(f"  resolved         all but {unresolved}, which depend on something smaller than rounding")
     return "\n".join(lines)
+
+
+def _subject(flow: Flow) -> str:
+    """The model in a word: the sizes of a perceptron, the name of any other."""
+    if isinstance(flow.net, AbstractNetwork):
+        return "-".join(map(str, flow.net.sizes))
+    return f"{type(flow.net).__name__} ({len(flow.names)} arrays)"
+
+
+def _certificates(flow: Flow) -> list[str]:
+    """The consistency checks of a flow, or the largest of a batch."""
+    lines = []
+    for name, there in (("energy", flow.energy), ("imbalance", flow.imbalance_residual)):
+        if there is not None:
+            label = f"{name} error"
+            lines.append(f"  {label:16s} {float(jnp.max(getattr(flow, f'{name}_error'))):.1e}   (a consistency check)")
+    return lines

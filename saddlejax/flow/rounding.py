@@ -1,18 +1,16 @@
 """Where the precision of the floating-point type ends: gradients that are rounding errors, weights lost beside others."""
 
 from collections.abc import Sequence
-from functools import singledispatch
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..networks.mlp import AbstractNetwork, preactivations
+from ..parameters import rank
 from ..tasks.task import Task
-from .coordinates import Coordinates
 
 GRADIENT_ROUNDING = 10
 LOST_PRODUCT = 1e3
@@ -40,38 +38,33 @@ def log_gradient_rounding(log_ratio: Any, sensitivity: Any) -> Any:
     return float(np.log(GRADIENT_ROUNDING * np.finfo(sensitivity.dtype).eps)) + log_ratio + sensitivity
 
 
-class Dormant(eqx.Module):
-    """The size that the dormant parts of every layer had at the start: the root mean square of its singular values."""
+def dormant_log_shares(log_sizes: Float[Array, " groups"], log_norms: Float[Array, " groups"]) -> Array:
+    """Logarithms of the sizes that the dormant parts had at the start beside the groups as they are now, at most 0.
 
-    log_sizes: Float[Array, " layers"]
-
-    @classmethod
-    def of(cls, coordinates: Coordinates) -> "Dormant":
-        """Of the network at the start of a flow."""
-        ranks = jnp.asarray([min(shape) for shape in coordinates.shapes.shapes], coordinates.joined.dtype)
-        return cls(coordinates.log_norms() - 0.5 * jnp.log(ranks))
-
-    def log_shares(self, coordinates: Coordinates) -> Float[Array, " layers"]:
-        """Their logarithms beside the layers as they are now, at most 0; a layer that started from zero has none."""
-        shares = self.log_sizes - coordinates.log_norms()
-        return jnp.where(jnp.isfinite(shares), jnp.minimum(shares, 0), 0)
-
-    def lost(self, coordinates: Coordinates) -> Bool[Array, ""]:
-        """Whether in some layer they are below the rounding of what the layer has learned."""
-        return jnp.min(self.log_shares(coordinates)) < jnp.log(jnp.finfo(coordinates.joined.dtype).eps)
-
-    def gradient_lost(self, coordinates: Coordinates) -> Bool[Array, ""]:
-        """Whether their own gradient, a product of all layers but one, may be below the rounding of the gradient."""
-        shares = self.log_shares(coordinates)
-        return jnp.sum(shares) - jnp.max(shares) < jnp.log(LOST_PRODUCT * jnp.finfo(shares.dtype).eps)
+    `log_sizes` are those of the root mean square of the singular values at the start; a group that started from zero has
+    no dormant parts.
+    """
+    shares = log_sizes - log_norms
+    return jnp.where(jnp.isfinite(shares), jnp.minimum(shares, 0), 0)
 
 
-def least_factor(first: np.ndarray, last: np.ndarray, shapes: Sequence[tuple[int, int]]) -> float:
-    """By how much larger the weights must start for their dormant parts not to be lost, from the norms of the layers.
+def dormant_lost(log_sizes: Float[Array, " groups"], log_norms: Float[Array, " groups"]) -> Bool[Array, ""]:
+    """Whether in some group they are below the rounding of what the group has learned."""
+    return jnp.min(dormant_log_shares(log_sizes, log_norms)) < jnp.log(jnp.finfo(log_norms.dtype).eps)
+
+
+def dormant_gradient_lost(log_sizes: Float[Array, " groups"], log_norms: Float[Array, " groups"]) -> Bool[Array, ""]:
+    """Whether their own gradient, a product of all layers but one, may be below the rounding of the gradient."""
+    shares = dormant_log_shares(log_sizes, log_norms)
+    return jnp.sum(shares) - jnp.max(shares) < jnp.log(LOST_PRODUCT * jnp.finfo(shares.dtype).eps)
+
+
+def least_factor(first: np.ndarray, last: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> float:
+    """By how much larger the weights must start for their dormant parts not to be lost, from the norms of the groups.
 
     Their product over all layers but one is then at least ten times the rounding of what has been learned.
     """
-    ranks = np.asarray([min(shape) for shape in shapes])
+    ranks = np.asarray([rank(shape) for shape in shapes])
     there = (first > 0) & (last > 0)
     shares = np.where(there, np.minimum(first / np.where(there, last, 1) / np.sqrt(ranks), 1), 1)
     log_product = np.sum(np.log(shares)) - np.max(np.log(shares))
@@ -79,12 +72,10 @@ def least_factor(first: np.ndarray, last: np.ndarray, shapes: Sequence[tuple[int
     return float(np.exp((wanted - log_product) / max(len(shares) - 1, 1)))
 
 
-@singledispatch
 def signal_left(net: AbstractNetwork, task: Task) -> Bool[Array, ""]:
     """Whether something is still to be learned: whether `E[∇c(f, y) h_lᵀ]` is not zero for some layer below the last two.
 
-    Where it vanishes for all of them, nothing that is dormant can grow. Compared with its value at zero output. Networks
-    that store their layers in another way register their own.
+    Where it vanishes for all of them, nothing that is dormant can grow. Compared with its value at zero output.
     """
     zs = preactivations(net, task.x)
     signals = [task.x, *(net.activation(z) for z in zs[:-2])]

@@ -18,3 +18,7 @@ class Status(eqx.Enumeration):
     step_limit = "step limit reached before the target"
     underflow = "underflow: the gradient is too small for this floating-point type"
     non_finite = "non-finite: no step was found whose result is finite and does not raise the loss"
+
+
+AS_ASKED = (Status.escaped, Status.time_reached, Status.loss_reached, Status.steps_taken)
+"""The outcomes that were asked for."""

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..tasks.task import zero_loss
-from .clock import PlateauField
-from .state import FlowState
+from .field import PlateauField
+from .state import ClockState
 from .status import Status
 
 
@@ -30,12 +29,9 @@ class AbstractUntil(eqx.Module):
     """Whether the time of the end is what matters, so that errors count by their influence on it."""
 
     @abc.abstractmethod
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        """Negative before the end, positive after it; `rate` is the rate of the state."""
-
-    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
-        """The condition at a state whose rate is not known yet; where that takes less than a gradient, say how."""
-        return self.condition(field, state, field.rate(state))
+    def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
+        """Negative before the end, positive after it: a function of `field.loss(state)`, `field.model(state)`,
+        `field.log_time(state)` or `field.growth(state)`."""
 
     def end_time(self) -> Float[Array, ""] | None:
         """The time `t` of the end, where it is known beforehand."""
@@ -81,15 +77,10 @@ class Escape(AbstractUntil):
     def uses_curvature(self) -> bool:
         return self.loss_fraction is None
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
+    def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
         if self.loss_fraction is None:
-            return -field.growth(state, rate)
-        return self.loss_fraction * zero_loss(field.task) - rate.loss_integral
-
-    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
-        if self.loss_fraction is None:
-            return super().condition_at(field, state)
-        return self.loss_fraction * zero_loss(field.task) - field.loss(state)
+            return -field.growth(state)
+        return self.loss_fraction * field.plateau - field.loss(state)
 
     def describe(self) -> str:
         if self.loss_fraction is None:
@@ -112,14 +103,11 @@ class Time(AbstractUntil):
     def uses_curvature(self) -> bool:
         return False
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        # In units of τ(θ_0), as a difference of logarithms where that would overflow.
-        started = state.time > 0
-        log_time = jnp.log(jnp.where(started, state.time, 1))
-        return jnp.where(started, log_time + field.log_time_unit - jnp.log(self.time), -1)
-
-    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
-        return self.condition(field, state, state)
+    def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
+        # As a difference of logarithms, since the time itself may overflow.
+        log_time = field.log_time(state)
+        started = jnp.isfinite(log_time)
+        return jnp.where(started, jnp.where(started, log_time, 0) - jnp.log(self.time), -1)
 
     def end_time(self) -> Float[Array, ""]:
         return self.time
@@ -143,10 +131,7 @@ class Loss(AbstractUntil):
     def uses_curvature(self) -> bool:
         return False
 
-    def condition(self, field: PlateauField, state: FlowState, rate: FlowState) -> Float[Array, ""]:
-        return self.value - rate.loss_integral
-
-    def condition_at(self, field: PlateauField, state: FlowState) -> Float[Array, ""]:
+    def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
         return self.value - field.loss(state)
 
     def describe(self) -> str:

@@ -1,7 +1,9 @@
 """Which layers of a network are small: its bottleneck."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..manifold.network import BlockMLP
-from ..networks.mlp import AbstractNetwork, check_network, layer_norms
+from ..networks.mlp import AbstractNetwork, check_network, is_perceptron, layer_norms, safe_norm
+from ..objective import Problem
+from ..parameters import Parameters
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
@@ -22,6 +26,12 @@ def init_scales(net: AbstractNetwork) -> Float[Array, " layers"]:
     """
     sizes = net.wide_sizes if isinstance(net, BlockMLP) else net.sizes
     return layer_norms(net) / jnp.sqrt(2 * jnp.asarray(sizes[1:], net.weights[0].dtype))
+
+
+def group_scales(arrays: Sequence[Array]) -> Float[Array, " groups"]:
+    """The init scale of every group: that of a layer of as many rows, and the root mean square with fewer than two axes."""
+    rows = [2 * array.shape[0] if array.ndim > 1 else array.size for array in arrays]
+    return jnp.stack([safe_norm(array) / jnp.sqrt(count) for array, count in zip(arrays, rows, strict=True)])
 
 
 def bottleneck_layers(net: AbstractNetwork) -> tuple[int, ...]:
@@ -67,3 +77,35 @@ def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> t
     if not chosen:
         raise _check.fail("layers", "name at least one layer", list(chosen))
     return tuple(sorted(chosen))
+
+
+def chosen_groups(
+    parameters: Parameters, layers: Sequence[int] | int | None, where: Callable[[Any], Any] | None
+) -> tuple[int, ...]:
+    """The groups of parameters that are small, in increasing order: the layers of a perceptron, arrays of any model.
+
+    `layers` or `where` name them; where neither does, they are the bottleneck of a perceptron, and all groups of another
+    model.
+    """
+    if where is not None:
+        if layers is not None:
+            raise _check.fail("where", "be left out where layers are given", "given as well")
+        return parameters.indices(where)
+    model = parameters.model
+    if isinstance(model, AbstractNetwork) and is_perceptron(model) and len(parameters.arrays) == model.depth:
+        return chosen_layers(model, layers)
+    if layers is not None:
+        raise _check.fail(
+            "layers",
+            "be left out where the model is no perceptron of saddlejax",
+            repr(layers),
+            f"Name the arrays that are small: where=lambda m: [m.{parameters.names[0]}].",
+        )
+    return tuple(range(len(parameters.arrays)))
+
+
+def scale_groups(problem: Problem, log_factor: float | Array, small: tuple[int, ...]) -> Problem:
+    """The problem with the small groups multiplied by `exp(log_factor)`."""
+    arrays = problem.parameters.arrays
+    scaled = tuple(a * jnp.exp(log_factor) if group in small else a for group, a in enumerate(arrays))
+    return eqx.tree_at(lambda p: p.parameters.arrays, problem, scaled)

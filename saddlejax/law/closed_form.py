@@ -16,7 +16,7 @@ _EQUAL = 20.0  # e^{-40} is below the rounding of double precision
 
 def escape_time(
     scale: float | Array,
-    bottleneck: int | None = None,
+    bottleneck: Any = None,
     speed: float | Array = 1.0,
     *,
     end: float | Array = 1.0,
@@ -31,7 +31,8 @@ def escape_time(
     **Arguments:**
 
     - `scale`: `ε`; any shape.
-    - `bottleneck`: `r`; may be left out where `layer_norms` are given.
+    - `bottleneck`: `r`: a whole number; for a model of another kind, or for data without a signal, the order of its saddle,
+      as [`saddlejax.saddle_order`][] returns it. May be left out where `layer_norms` are given.
     - `speed`: `K`: for a network with gain `α`, whose other layers have norm one and are aligned, `α^{L−1}` times the
       largest singular value of `M = −E[∇c(0, y) xᵀ]`; for ReLU an escape speed of [`saddlejax.escape_direction`][].
     - `end`: `y_1`, the norm (of the smallest layer) at the escape; as `ε → 0` it does not matter for `r ≥ 3`.
@@ -47,7 +48,7 @@ def escape_time(
 
 def log_escape_time(
     scale: float | Array,
-    bottleneck: int | None = None,
+    bottleneck: Any = None,
     speed: float | Array = 1.0,
     *,
     end: float | Array = 1.0,
@@ -63,9 +64,8 @@ def log_escape_time(
         _check.positive_number(name, value)
     if layer_norms is None and bottleneck is None:
         raise _check.fail("bottleneck", "be given where layer_norms are not", None)
-    if bottleneck is not None:
-        _check.whole_number("bottleneck", bottleneck)
-    log_norms = None if layer_norms is None else _log_norms(layer_norms, bottleneck)
+    r = _whole(getattr(bottleneck, "order", bottleneck))
+    log_norms = None if layer_norms is None else _log_norms(layer_norms, r)
     log_scale, log_end, log_speed = (_log(value) for value in (scale, end, speed))
     log_start = log_scale if log_norms is None else log_scale + jnp.min(log_norms)
     if _check.is_concrete(log_start, log_end) and np.any(np.asarray(log_start) >= np.asarray(log_end)):
@@ -77,9 +77,19 @@ def log_escape_time(
         )
     if log_norms is not None and not _all_equal(log_norms):
         return _by_quadrature(log_start, log_end, log_norms - jnp.min(log_norms)) - log_speed
-    r = bottleneck if log_norms is None else log_norms.size
+    r = r if log_norms is None else log_norms.size
     assert r is not None
     return _log_integral(r - 2, log_start, log_end) - log_speed
+
+
+def _whole(bottleneck: Any) -> int | None:
+    """The order as a plain number: that of a saddle comes as an array, NaN where there is none."""
+    if isinstance(bottleneck, jax.Array | np.ndarray | float) and _check.is_concrete(bottleneck):
+        value = float(bottleneck)
+        bottleneck = int(value) if value.is_integer() else value
+    if bottleneck is not None:
+        _check.whole_number("bottleneck", bottleneck)
+    return bottleneck
 
 
 def _log(values: Any) -> Array:

@@ -1,38 +1,43 @@
 """The exponent of the escape-time law, by differentiating the escape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import _check
 from ..flow import Escape, Save, gradient_flow
-from ..networks.mlp import AbstractNetwork
-from ..tasks.task import Task, check_fits
-from .bottleneck import chosen_layers
+from ..objective import LossObjective, Problem, as_problem
+from ..parameters import Trainable
+from ..tasks.task import Task
+from .bottleneck import chosen_groups
 
 
 def critical_exponent(
-    net: AbstractNetwork,
-    task: Task,
+    model: PyTree,
+    task: Task | Callable[[Any], Array],
     layers: Sequence[int] | int | None = None,
     until: Escape | None = None,
     *,
+    where: Callable[[Any], Any] | None = None,
+    trainable: Trainable | None = None,
     rtol: float | Array | None = None,
 ) -> Float[Array, ""]:
-    """The local exponent `−d log τ/d log ε` of the escape time in the scale of the bottleneck layers.
+    """The local exponent `−d log τ/d log ε` of the escape time in the scale of the small layers, or of any groups.
 
-    By forward-mode differentiation through the gradient flow and its end, at the scale the network has. As `ε → 0` it
-    tends to `r − 2` for `r ≥ 3` bottleneck layers, to `0` like `1/log(1/ε)` for `r = 2` (Rawal & DeWeese,
-    arXiv:2605.01288).
+    By forward-mode differentiation through the gradient flow and its end, at the scale the model has. As `ε → 0` it
+    tends to `r − 2` for an order `r ≥ 3` of the saddle ([`saddlejax.saddle_order`][]: the number of small layers where the
+    data have a signal), to `0` like `1/log(1/ε)` for `r = 2` (Rawal & DeWeese, arXiv:2605.01288).
 
     **Arguments:**
 
-    - `net`, `task`: as for [`saddlejax.gradient_flow`][].
-    - `layers`: the bottleneck, indices from 0; by default those that [`saddlejax.bottleneck_layers`][] returns for `net`:
-      call it to see which. It raises where the init scales leave a doubt.
+    - `model`, `task`, `trainable`: as for [`saddlejax.gradient_flow`][].
+    - `layers`: the bottleneck of a perceptron, indices from 0; by default those that [`saddlejax.bottleneck_layers`][]
+      returns for it: call it to see which. It raises where the init scales leave a doubt.
+    - `where`: the small groups of any model, `lambda m: [m.conv1.weight, …]`; by default all of them.
     - `until`: [`saddlejax.Escape`][]; by default the steepest point of the first descent.
     - `rtol`: of the flow.
 
@@ -41,26 +46,38 @@ def critical_exponent(
     **Raises:** `ValueError` as the flow does, for unknown layers, and where none are named and it is not clear which ones
     are small. Other layers, scales, seeds or data of the same shapes compile nothing anew.
     """
-    check_fits(net, task)
+    problem = as_problem(model, task, trainable)
     until = Escape() if until is None else until
     if not isinstance(until, Escape):
         raise _check.fail("until", "be saddlejax.Escape(), with or without a loss_fraction", repr(until))
     if rtol is not None:
         _check.positive_number("rtol", rtol)
-    chosen = chosen_layers(net, layers)
-    mask = jnp.asarray([layer in chosen for layer in range(net.depth)], net.weights[0].dtype)
-    return _exponent(net, task, until, mask, None if rtol is None else jnp.asarray(rtol))
+    small = chosen_groups(problem.parameters, layers, where)
+    mask = jnp.asarray([group in small for group in range(len(problem.parameters.arrays))])
+    return _exponent(problem, until, mask, trainable, None if rtol is None else jnp.asarray(rtol))
 
 
 @eqx.filter_jit
 def _exponent(
-    net: AbstractNetwork, task: Task, until: Escape, mask: Float[Array, " layers"], rtol: float | Array | None
+    problem: Problem,
+    until: Escape,
+    mask: Bool[Array, " groups"],
+    trainable: Trainable | None,
+    rtol: float | Array | None,
 ) -> Float[Array, ""]:
-    def log_time(log_factor: Array) -> Array:
-        scaled = net.with_weights([w * jnp.exp(log_factor * m) for w, m in zip(net.weights, mask, strict=True)])
-        save = Save(steps=False, singular_values=False)
-        return gradient_flow(scaled, task, until, rtol=rtol, save=save).log_escape_time
+    task = problem.task if problem.task is not None else _function(problem)
 
-    zero = jnp.zeros((), mask.dtype)
+    def log_time(log_factor: Array) -> Array:
+        arrays = problem.parameters.arrays
+        scaled = [jnp.where(small, a * jnp.exp(log_factor), a) for a, small in zip(arrays, mask, strict=True)]
+        model, save = problem.parameters.with_arrays(scaled), Save(steps=False, singular_values=False)
+        return gradient_flow(model, task, until, trainable=trainable, rtol=rtol, save=save).log_escape_time
+
+    zero = jnp.zeros((), problem.parameters.arrays[0].dtype)
     time, slope = jax.jvp(log_time, (zero,), (jnp.ones_like(zero),))
     return jnp.where(jnp.isnan(time), jnp.nan, -slope)
+
+
+def _function(problem: Problem) -> Callable[[Any], Array]:
+    assert isinstance(problem.objective, LossObjective)
+    return problem.objective.function

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _check
 from .._numerics import safe_norm
-from ..curvature.sharpness import ritz_values
+from ..curvature.lanczos import ritz_values
 from ..flow import Flow, Save, gradient_flow
 from ..flow.result import trim
 from ..flow.until import AbstractUntil

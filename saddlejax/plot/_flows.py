@@ -86,8 +86,9 @@ def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0)
         for ax in (loss, values):
             ax.axvspan(begin, end, color="0.55", alpha=(0.10, 0.22)[i % 2], linewidth=0, zorder=0)
         narrow = end - begin < 0.09 * (edge - first)
+        rank = min(plateau.ranks, default="")
         loss.annotate(
-            f"{'' if narrow else 'rank '}{plateau.bottleneck_rank[1]}",
+            f"{'' if narrow else 'rank '}{rank}",
             (0.5 * (begin + end), plateau.loss),
             xytext=(0, 5),
             textcoords="offset points",

@@ -12,6 +12,7 @@ from .low_rank import (
     stable_rank as stable_rank,
 )
 from .optima import Optimum as Optimum
+from .order import SaddleOrder as SaddleOrder, saddle_order as saddle_order
 from .origin import (
     Tangent as Tangent,
     leading_order_loss as leading_order_loss,

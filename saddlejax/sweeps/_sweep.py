@@ -76,9 +76,8 @@ def sweep(
       nor `scale`.
     - `options`: further arguments of `of`. For flows `until`, `rtol`, `dtype`, `max_steps`, `solver`, `stiff`, each a
       value or a list, and `save` ([`saddlejax.Save`][], by default the first and the last row); for directions `starts`.
-    - `measure`: functions of the final [`saddlejax.Flow`][] or of the escape direction, by name. They are traced by JAX
-      and see the network without any padding; where the shape of what they return depends on the depth, it is filled
-      up with NaN.
+    - `measure`: functions of the final [`saddlejax.Flow`][] or of the escape direction, by name. They are traced by JAX;
+      where the shape of what they return depends on the depth or the width, it is filled up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
       sweep goes on where it stopped, and with longer lists (values added at their ends) it computes what is new.
       `xarray.open_zarr(store)` reads it at any time. A store tells functions apart by what they compute: by their code

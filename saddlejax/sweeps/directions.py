@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..saddle import escape_direction
 from ..tasks.task import Task
 from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
-from .measures import Variable
-from .problem import AbstractProblem, Output, Point, each_lane, fill_value
+from .measures import Variable, measured
+from .problem import AbstractProblem, Output, Point, each_lane
 
 SEEDS = (
     "lane of seed s, depth L: escape_direction(task, [inputs, width, …, width, outputs], activation, starts=starts, "
@@ -54,14 +53,13 @@ class DirectionProblem(AbstractProblem):
         best = escape_direction(
             self.task, sizes, point["activation"], starts=point["starts"], key=jax.random.key(point["seed"])
         )
-        return {name: jnp.asarray(variable.function(best)) for name, variable in self.variables}
+        return {name: measured(name, variable.function, best) for name, variable in self.variables}
 
     def run(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
         """One search after another."""
 
         def compute(point: Point) -> dict[str, Any]:
-            found = {name: np.asarray(value) for name, value in self._measure(point).items()}
-            return {**{name: _fill_up(value, self.outputs[name]) for name, value in found.items()}, "status": "found"}
+            return {**jax.device_get(self._measure(point)), "status": "found"}
 
         return each_lane(compute, points, self.outputs)
 
@@ -84,9 +82,3 @@ class DirectionProblem(AbstractProblem):
         """Provenance for the attributes of the results."""
         known = {name: str(value) for name, value in self.fixed}
         return {"quantity": "escape direction", "task": str(self.task), **known, "seed_convention": SEEDS}
-
-
-def _fill_up(value: np.ndarray, output: Output) -> np.ndarray:
-    full = np.full(output.shape, fill_value(output.dtype), output.dtype)
-    full[tuple(slice(0, n) for n in value.shape)] = value
-    return full

@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import pickle
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ def execute(
     stop = threading.Event()
     with _workers(executor, stop) as (pool, in_flight):
         submit = _submitter(problem, pool, local=executor is None)
-        waiting = iter(_taking_turns(missing))
+        waiting = iter(_interleaved(missing))
         running: dict[Future, tuple[Block, int]] = {}
 
         def fill() -> None:
@@ -140,14 +140,14 @@ def _corner(block: Block) -> tuple[int, ...]:
     return tuple(part.start for part in block)
 
 
-def _taking_turns(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks ordered by their last positions, so that different programs compile side by side."""
+def _interleaved(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks ordered by their last positions: those of different programs alternate, so that programs compile side by side."""
     return sorted(blocks, key=lambda block: _corner(block)[::-1])
 
 
 @contextlib.contextmanager
 def _workers(executor: Executor | None, stop: threading.Event) -> Iterator[tuple[Executor, int]]:
-    """The executor, or threads of this process: one a core, or one a device where there are accelerators.
+    """The executor, or threads of this process: one a core, shared out among the devices.
 
     Threads stop soon after the event.
     """
@@ -155,13 +155,11 @@ def _workers(executor: Executor | None, stop: threading.Event) -> Iterator[tuple
         yield executor, IN_FLIGHT_ELSEWHERE
         return
     devices = jax.local_devices()
-    count = max(len(devices), available_cores() if jax.default_backend() == "cpu" else 1)
-    turns: queue.SimpleQueue = queue.SimpleQueue()
-    for thread in range(count):
-        turns.put(devices[thread % len(devices)])
+    count = max(len(devices), available_cores())
+    numbers = itertools.count()
 
     def begin() -> None:
-        _own.device = turns.get()
+        _own.device = devices[next(numbers) % len(devices)]
         obey(stop)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="saddlejax-sweep", initializer=begin)

@@ -1,12 +1,12 @@
 """Sweeps of gradient flows."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..flow import Escape, Loss, Save, Status, Time
@@ -14,10 +14,10 @@ from ..flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
 from ..tasks.task import Task
 from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
-from .lane import Common, Group, LaneValues, small_layers
+from .lane import Common, LaneValues, Structure, initial_weights
 from .measures import Variable
-from .problem import AbstractProblem, Output, Point, blank
-from .programs import one_lane, run_batch, run_in_turn, slots_that_fit
+from .problem import AbstractProblem, Output, Point, blank, common_output, record
+from .programs import one_lane, run_batch, run_one_by_one, slots_that_fit
 
 SEEDS = (
     "lane of seed s, depth L: MLP([inputs, width, …, width, outputs], activation, key=jax.random.key(s), dtype=dtype) "
@@ -48,93 +48,76 @@ class FlowProblem(AbstractProblem):
 
     @functools.cached_property
     def outputs(self) -> dict[str, Output]:
-        """The measurements of a lane, in the wider of the types that occur."""
+        """The measurements of a lane, with room for those of every network, in the wider of the types that occur."""
         corner = self.grid.points(tuple(slice(0, 1) for _ in self.grid.axes))[0]
-        found: dict[str, Output] = {}
-        for shapes in (self._shapes({**corner, **one}) for one in self._kinds()):
-            for name, variable in self.variables:
-                new = Output(tuple(shapes[name].shape), str(shapes[name].dtype), variable)
-                old = found.get(name, new)
-                shape = tuple(max(pair) for pair in zip(new.shape, old.shape, strict=True))
-                dtype = str(np.result_type(new.dtype, old.dtype))
-                found[name] = Output(
-                    shape, dtype if new.shape == old.shape else str(np.result_type(dtype, "f4")), variable
-                )
-        return found
-
-    def _kinds(self) -> list[Point]:
-        """One point for each program, as far as shapes and types of measurements can differ."""
-        depths = self._values("depth")
-        one_of_each = [max(depths), *(depth for depth in depths if depth == 1 < max(depths))]
-        kinds: list[Point] = [{}]
-        for name, values in (
-            ("dtype", self._values("dtype")),
-            ("width", self._values("width")),
-            ("depth", one_of_each),
-        ):
-            kinds = [{**kind, name: value} for kind in kinds for value in values]
-        return kinds
+        varying = ("dtype", "width", "depth")  # what shapes and types of measurements depend on
+        kinds = itertools.product(*[self._values(name) for name in varying])
+        found = [self._shapes({**corner, **dict(zip(varying, kind, strict=True))}) for kind in kinds]
+        return {
+            name: common_output(name, variable, [shapes[name] for shapes in found]) for name, variable in self.variables
+        }
 
     def _shapes(self, point: Point) -> dict[str, Any]:
-        group, common = self.group(point)
-        return jax.eval_shape(one_lane(group), common, self.values(point, group))
+        structure = self.structure(point)
+        lane = self.values(point, structure)
+        weights = jax.eval_shape(functools.partial(initial_weights, structure.sizes, structure.dtype), lane)
+        return jax.eval_shape(one_lane(structure), self.common(point), weights, lane.rtol)
 
     def _values(self, name: str) -> list[Any]:
         return argument_values(self.grid, self.fixed, name)
 
-    def group(self, point: Point) -> tuple[Group, Common]:
-        """The program of a lane, and what it shares with the other lanes of its depth."""
+    def structure(self, point: Point) -> Structure:
+        """What the program of a lane is compiled for."""
         point = {**dict(self.fixed), **point}
-        depths = [depth for depth in self._values("depth") if (depth == 1) == (point["depth"] == 1)]
-        hidden = (point["width"],) * (max(depths) - 1)
+        hidden = [point["width"]] * (point["depth"] - 1)
         options = {name: point[name] for name in ("solver", "max_steps", "stiff") if point.get(name) is not None}
-        group = Group(
+        return Structure(
             sizes=(self.task.in_size, *hidden, self.task.out_size),
-            depths=tuple(sorted(depths)),
             activation=point["activation"],
             dtype=point["dtype"],
             own_rtol=point["rtol"] is not None,
             options=tuple(options.items()),
             variables=self.variables,
         )
-        which = jnp.asarray(group.depths.index(point["depth"]), jnp.int32)
-        return group, Common(self.task, point["until"], self.save, which)
 
-    def values(self, point: Point, group: Group) -> LaneValues:
+    def common(self, point: Point) -> Common:
+        """What a lane shares with the others of its block."""
+        return Common(self.task, {**dict(self.fixed), **point}["until"], self.save)
+
+    def values(self, point: Point, structure: Structure) -> LaneValues:
         """What distinguishes a lane within its program."""
         point = {**dict(self.fixed), **point}
-        rtol = 1.0 if point["rtol"] is None else point["rtol"]
-        small = small_layers(point["bottleneck"], point["depth"], len(group.sizes) - 1)
-        scale, rtol = np.asarray(point["scale"], group.dtype), np.asarray(rtol, group.dtype)
-        return LaneValues(*cast(tuple[jax.Array, ...], (key_data(int(point["seed"])), scale, small, rtol)))
+        layers, depth = point["bottleneck"], point["depth"]
+        small = np.isin(np.arange(depth), np.arange(depth) if layers is None else layers)
+        scale = np.asarray(point["scale"], structure.dtype)
+        rtol = np.asarray(1.0 if point["rtol"] is None else point["rtol"], structure.dtype)
+        return LaneValues(key_data(int(point["seed"])), scale, small, rtol)
 
     def run(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
         """The flows of a block, whose lanes share a program: one after another, or in a batch that is refilled."""
         arguments = [{**dict(self.fixed), **point} for point in points]
-        values = blank(self.outputs, len(points))
+        results = blank(self.outputs, len(points))
         there = []
         for lane, point in enumerate(arguments):
             if point["bottleneck"] is not None and max(point["bottleneck"]) >= point["depth"]:
-                values["status"][lane] = f"no such network: it has no more than {point['depth']} layers"
+                results["status"][lane] = f"no such network: it has no more than {point['depth']} layers"
             else:
                 there.append(lane)
         if not there:
-            return values
-        group, common = self.group(arguments[there[0]])
-        lanes = [self.values(arguments[lane], group) for lane in there]
-        slots = self.batch or (1 if jax.default_backend() == "cpu" else slots_that_fit(group, common, lanes[0]))
+            return results
+        structure, common = self.structure(arguments[there[0]]), self.common(arguments[there[0]])
+        values = [self.values(arguments[lane], structure) for lane in there]
+        slots = self.batch or (1 if jax.default_backend() == "cpu" else slots_that_fit(structure, common, values[0]))
         if slots == 1:
-            found: list[dict[str, Any]] = run_in_turn(group, common, lanes)
+            found = run_one_by_one(structure, common, values)
         else:
             # Flows from small scales take longest; those that begin last should not be the longest ones.
-            order = sorted(range(len(lanes)), key=lambda lane: float(lanes[lane].scale))
+            order = sorted(range(len(values)), key=lambda lane: float(values[lane].scale))
             there = [there[lane] for lane in order]
-            found = run_batch(group, common, [lanes[lane] for lane in order], len(points), slots)
-        for lane, measured in zip(there, found, strict=True):
-            measured = {**measured, "status": Status._index_to_message[int(measured["status"])]}
-            for name, value in measured.items():
-                values[name][lane] = value
-        return values
+            found = run_batch(structure, common, [values[lane] for lane in order], len(points), slots)
+        for lane, measurements in zip(there, found, strict=True):
+            record(results, lane, {**measurements, "status": Status[measurements["status"]]})
+        return results
 
     def specification(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""

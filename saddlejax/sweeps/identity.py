@@ -29,6 +29,9 @@ from ..networks.activations import ACTIVATIONS
 NAMED = ("jax", "jaxlib", "numpy", "scipy", "equinox", "diffrax", "optax", "saddlejax")
 """Packages of which the versions are recorded, so that a name says what their functions compute."""
 
+MOVED = {"saddlejax.tasks.losses": "saddlejax.losses"}
+"""Modules that have another name now than the one by which stores know their functions."""
+
 UNSEEN = ("eval", "exec", "globals", "locals", "open", "input", "__import__")
 """Builtins through which a function reaches what its code does not name."""
 
@@ -332,10 +335,10 @@ def _globals_of(code: types.CodeType) -> Iterator[list[str]]:
     for position, instruction in enumerate(instructions):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             names = [instruction.argval]
-            for following in instructions[position + 1 :]:
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            for attribute in instructions[position + 1 :]:
+                if attribute.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
                     break
-                names.append(following.argval)
+                names.append(attribute.argval)
             yield names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -369,7 +372,7 @@ def _library_name(value: Any) -> str | None:
             for part in name.split("."):
                 found = getattr(found, part, None)
             if found is value:
-                return f"{place}.{name}{library}"
+                return f"{MOVED.get(place, place)}.{name}{library}"
     return None
 
 

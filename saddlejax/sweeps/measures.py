@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -12,6 +13,12 @@ from ..flow import Flow
 from ..saddle import EscapeDirection, low_rank_margin
 from .identity import described
 
+LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 TIME_UNIT = "time of dθ/dt = −∇𝓛 (gradient-descent steps × learning rate)"
 
 
@@ -112,6 +119,21 @@ DIRECTION_VARIABLES = {
     "gradient_evaluations": Variable(direction_work, "gradients spent on all starts", "gradients"),
 }
 """Of an escape direction."""
+
+
+def measured(name: str, function: Callable[[Any], Array], result: Any) -> Array:
+    """The measurement of a result whose values may not be known yet.
+
+    **Raises:** `ValueError` where the function looks at values while JAX traces it.
+    """
+    try:
+        return jnp.asarray(function(result))
+    except LOOKS_AT_VALUES as error:
+        raise ValueError(
+            f"measure[{name!r}] must be a function that JAX can trace, but it looks at the values of its argument "
+            f"({type(error).__name__}). Write it with jax.numpy: jnp.where in place of if, no float(), int(), item() or "
+            "NumPy. Or keep what it needs by a measure of its own, and look at the values in the results."
+        ) from None
 
 
 def custom(measure: dict[str, Callable[[Any], Array]] | None, known: dict[str, Variable]) -> dict[str, Variable]:

@@ -5,6 +5,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._host.stopping import check_stopped
@@ -55,6 +57,30 @@ def blank(outputs: dict[str, Output], lanes: int, status: str = "") -> dict[str,
     return {**values, "status": np.full(lanes, status, dtype=object)}
 
 
+def record(values: dict[str, np.ndarray], lane: int, measured: dict[str, Any]) -> None:
+    """Enter the measurements of a lane. An array that is smaller than its place begins there; the rest stays as it is."""
+    for name, value in measured.items():
+        place: tuple[Any, ...] = (lane, *(slice(length) for length in np.shape(value)))
+        values[name][place] = value
+
+
+def common_output(name: str, variable: Variable, found: Sequence[jax.ShapeDtypeStruct]) -> Output:
+    """A measurement with room for all the shapes that it has; numbers that have to be filled up with NaN are floating-point ones.
+
+    **Raises:** `ValueError` where the shapes differ in the number of axes.
+    """
+    shapes = [one.shape for one in found]
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(
+            f"measure[{name!r}] must return an array with the same number of axes for every network, but its shapes were "
+            f"{sorted(set(shapes))}."
+        )
+    dtype = jnp.result_type(*[one.dtype for one in found])
+    if len(set(shapes)) > 1 and not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.result_type(float)
+    return Output(tuple(map(max, zip(*shapes, strict=True))), str(dtype), variable)
+
+
 def fill_value(dtype: str) -> Any:
     """What stands for a number that is not there."""
     kind = np.dtype(dtype).kind
@@ -69,8 +95,7 @@ def each_lane(
     for lane, point in enumerate(points):
         check_stopped()
         try:
-            for name, value in compute(point).items():
-                values[name][lane] = value
+            record(values, lane, compute(point))
         except Exception as error:
             values["status"][lane] = failure(error)
     return values

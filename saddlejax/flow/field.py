@@ -1,0 +1,139 @@
+"""The vector field of gradient flow in the plateau clock.
+
+`dθ/ds = −τ ∇𝓛`, `dt/ds = τ` with `1/τ² = Σ_g ‖∂𝓛/∂θ_g‖² / ‖θ_g‖²` over the groups of parameters: one unit of `s` changes
+the groups by a factor of about e, however slowly that happens in time `t`. A plateau of any length then takes
+`O(log 1/ε)` steps.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ..networks.mlp import safe_norm
+from ..objective import AbstractObjective, Problem
+from ..parameters import Parameters, rank
+from .coordinates import to_coordinates
+from .state import ClockState, Layout, Parts
+
+
+class PlateauField(eqx.Module):
+    """The vector field `d(state)/ds`, with what conditions of a flow may ask of a state.
+
+    - `parameters`: the model, whose arrays at the start give the groups.
+    - `objective`: what is lowered.
+    - `log_time_unit`: `log τ(θ_0)`, the unit of the time in the state.
+    - `log_sizes`: logarithms of the root mean square of the singular values of each group at the start.
+    - `layout`: of the state vector; `perceptron`: whether the groups are the layers of one.
+    """
+
+    parameters: Parameters
+    objective: AbstractObjective
+    plateau: Float[Array, ""]
+    log_time_unit: Float[Array, ""]
+    log_sizes: Float[Array, " groups"]
+    layout: Layout = eqx.field(static=True)
+    perceptron: bool = eqx.field(static=True)
+
+    def model(self, state: ClockState) -> PyTree:
+        """The model at a state."""
+        return self.parameters.with_arrays(self.layout.split(state.vector).coordinates.arrays())
+
+    def rate(self, state: ClockState) -> Float[Array, " state"]:
+        """The rate of the state: the one known there, or that of the field."""
+        return jax.lax.cond(known(state), lambda s: s.rate, lambda s: self.motion(s.vector), state)
+
+    def loss(self, state: ClockState) -> Float[Array, ""]:
+        """The loss at a state: the one known there, or that of one forward pass."""
+        return jax.lax.cond(
+            known(state),
+            lambda s: self.layout.split(s.rate).loss,
+            lambda s: self.objective.loss(self.model(s)),
+            state,
+        )
+
+    def log_time(self, state: ClockState) -> Float[Array, ""]:
+        """`log t`, which stays finite where `t` itself overflows; `−inf` at the start."""
+        time = self.layout.split(state.vector).time
+        started = time > 0
+        return jnp.where(started, jnp.log(jnp.where(started, time, 1)) + self.log_time_unit, -jnp.inf)
+
+    def log_gradient_norm(self, vector: Float[Array, " state"], rate: Float[Array, " state"]) -> Float[Array, ""]:
+        """`log ‖∇𝓛‖`, from the velocity `−τ∇𝓛` and `τ`; `−inf` where the gradient is exactly zero."""
+        here, moving = self.layout.split(vector).coordinates, self.layout.split(rate)
+        velocity = here.velocity(moving.coordinates)
+        squares = here.shapes.inner(velocity, velocity)
+        there = squares > 0
+        logs = jnp.where(there, here.log_units + 0.5 * jnp.log(jnp.where(there, squares, 1)), -jnp.inf)
+        moves = moving.time > 0
+        log_velocity = 0.5 * jax.nn.logsumexp(2 * jnp.where(moves, logs, 0))
+        return jnp.where(moves, log_velocity - jnp.log(jnp.where(moves, moving.time, 1)) - self.log_time_unit, -jnp.inf)
+
+    def growth(self, state: ClockState) -> Float[Array, ""]:
+        """`d log‖∇𝓛‖/ds = −τ ∇𝓛ᵀH∇𝓛/‖∇𝓛‖²`, from one second derivative along the flow (forward over forward)."""
+        here = self.layout.split(state.vector).coordinates
+        velocities = here.shapes.split(here.velocity(self.layout.split(self.rate(state)).coordinates))
+        steps = [unit * v for unit, v in zip(jnp.exp(here.log_units), velocities, strict=True)]
+        arrays = here.arrays()
+
+        def along(a: Array) -> Array:
+            moved = [w + a * v for w, v in zip(arrays, steps, strict=True)]
+            return self.objective.loss(self.parameters.with_arrays(moved))
+
+        origin, one = jnp.zeros_like(self.log_time_unit), jnp.ones_like(self.log_time_unit)
+        slope, bend = jax.jvp(lambda a: jax.jvp(along, (a,), (one,))[1], (origin,), (one,))
+        return jnp.where(slope < 0, bend / jnp.where(slope < 0, slope, 1), 0)
+
+    def motion(self, vector: Float[Array, " state"]) -> Float[Array, " state"]:
+        """The rate of a state, from one gradient. Nothing moves where the gradient is exactly zero."""
+        parts, log_pace = self.motion_and_pace(vector)
+        moves = jnp.isfinite(log_pace) | jnp.isnan(log_pace)
+        time = jnp.where(moves, jnp.exp(-jnp.where(moves, log_pace, 0) - self.log_time_unit), 0)
+        return self.layout.join(parts._replace(time=time))
+
+    def motion_and_pace(self, vector: Float[Array, " state"]) -> tuple[Parts, Float[Array, ""]]:
+        """The parts of the rate but for the time, and `log 1/τ`, `−inf` where the gradient is exactly zero."""
+        here, shapes = self.layout.split(vector).coordinates, self.layout.shapes
+        loss, slopes = jax.value_and_grad(lambda arrays: self.objective.loss(self.parameters.with_arrays(arrays)))(
+            here.arrays()
+        )
+        inverses = jnp.exp(-here.log_units)
+        relative = shapes.join([slope * inverse for slope, inverse in zip(slopes, inverses, strict=True)])
+        norm = _norm(relative)  # 1/τ
+        stalled = norm == 0
+        tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
+        velocity = -tau * relative
+        units = jnp.exp(2 * here.log_units)
+        radial = units * shapes.inner(here.joined, velocity)  # ½ d‖θ_g‖²/ds
+        energy = jnp.sum(units * shapes.inner(velocity, velocity)) * norm  # τ‖∇𝓛‖²
+        drift = 2 * jnp.diff(radial) if self.layout.hidden else jnp.zeros(0, tau.dtype)
+        log_pace = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
+        return Parts(here.along(velocity), jnp.zeros_like(tau), loss, energy, drift), log_pace
+
+
+def known(state: ClockState) -> Array:
+    """Whether the rate of a state is known."""
+    return ~jnp.isnan(state.rate[-1])
+
+
+def _norm(vector: Float[Array, " parameters"]) -> Float[Array, ""]:
+    """The norm of a long vector in one pass over it, and two more where the sum of squares may have underflown."""
+    squares, limits = jnp.sum(jnp.square(vector)), jnp.finfo(vector.dtype)
+    plain = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
+    return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
+
+
+def start(problem: Problem) -> tuple[PlateauField, Float[Array, " state"], Float[Array, " state"]]:
+    """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
+    here = to_coordinates(problem.parameters.arrays)
+    layout = Layout(here.shapes, len(here.shapes.shapes) - 1 if problem.perceptron else 0)
+    zero = jnp.zeros((), here.joined.dtype)
+    vector = layout.join(Parts(here, zero, zero, zero, jnp.zeros(layout.hidden, zero.dtype)))
+    ranks = jnp.asarray([rank(shape) for shape in here.shapes.shapes], zero.dtype)
+    log_sizes = here.log_norms() - 0.5 * jnp.log(ranks)
+    plateau = problem.objective.plateau()
+    field = PlateauField(problem.parameters, problem.objective, plateau, zero, log_sizes, layout, problem.perceptron)
+    parts, log_pace = field.motion_and_pace(vector)
+    stalled = jnp.isneginf(log_pace)
+    field = eqx.tree_at(lambda f: f.log_time_unit, field, jnp.where(stalled, 0, -log_pace))
+    return field, vector, layout.join(parts._replace(time=jnp.where(stalled, zero, 1)))

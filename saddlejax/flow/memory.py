@@ -1,0 +1,83 @@
+"""What is remembered along a flow, to tell whether rounding can matter and whether the flow has come to rest."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .field import PlateauField
+from .rounding import dormant_lost, log_gradient_rounding, log_sensitivity
+from .state import Memory
+
+LEAST_ERROR, LARGEST_SHARE = 30, 0.1
+LOSS_ROUNDING = 100
+
+
+def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
+    """The smallest part of the parameters for which an error of `rtol` beside it stays above the rounding of the whole."""
+    return jnp.minimum(LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol, LARGEST_SHARE)
+
+
+def nothing_yet(like: Float[Array, ""]) -> Memory:
+    """The memory before the first step."""
+    zero = jnp.zeros_like(like)
+    one, inf = zero + 1, zero + jnp.inf
+    return Memory(one, one, -inf, -inf, -inf, inf, zero, zero, zero)
+
+
+def remember(
+    before: Memory, field: PlateauField, vector: Float[Array, " state"], rate: Float[Array, " state"]
+) -> Memory:
+    """The memory after one more state, whose rate is known. Whether it is at rest is judged by its gradient alone."""
+    here, moving = field.layout.split(vector).coordinates, field.layout.split(rate)
+    share = cancellation(field, vector, rate)
+    log_gradient = field.log_gradient_norm(vector, rate)
+    sensitivity = log_sensitivity(here.log_norms()) if field.perceptron else jnp.zeros_like(log_gradient)
+    highest = jnp.maximum(before.log_highest, log_gradient)
+    # After the first escape something may grow that was too small to be there.
+    fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lowest)
+    lost = dormant_lost(field.log_sizes, here.log_norms())
+    lowest = jnp.where(fallen & lost, jnp.minimum(before.log_lowest, log_gradient), jnp.inf)
+    ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
+    rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
+    after = Memory(
+        share=share,
+        least_share=jnp.minimum(before.least_share, share),
+        log_ratio=ratio,
+        log_first=jnp.where(jnp.isneginf(before.log_first), log_gradient, before.log_first),
+        log_highest=highest,
+        log_lowest=lowest,
+        dormant_lost=jnp.maximum(before.dormant_lost, log_gradient > lowest + 1),
+        at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
+        unsuited=before.unsuited,
+    )
+    return jax.lax.stop_gradient(after)
+
+
+def cancellation(field: PlateauField, vector: Float[Array, " state"], rate: Float[Array, " state"]) -> Float[Array, ""]:
+    """How far the flow is from running straight into a saddle: one where it does not, zero where it does.
+
+    On the stable manifold of the saddle at the origin all groups shrink at one rate, `dθ_g/dt = −λ θ_g`. Near it they
+    nearly cancel: what will grow later is a part of the parameters smaller by this factor, and so is the error that it
+    bears. With `r_g = ‖dθ_g/dt‖/‖θ_g‖` it is `√2/2 ‖θ̂ + v̂‖`, at most one, where `θ̂` has the groups `θ_g/‖θ_g‖` and `v̂`
+    the groups `(dθ_g/dt)/‖θ_g‖`, both weighted by `r_g` and normalised, so that groups that stand still do not count.
+
+    It is one off the plateau, where the groups as a whole do not shrink, and where one group shrinks alone, such as a
+    bias of the last layer on its way to its minimum.
+    """
+    here, moving = field.layout.split(vector).coordinates, field.layout.split(rate)
+    shapes, velocity = here.shapes, here.velocity(moving.coordinates)
+    squares, speeds = shapes.inner(here.joined, here.joined), shapes.inner(velocity, velocity)
+    radial = jnp.exp(2 * here.log_units) * shapes.inner(here.joined, velocity)  # ½ d‖θ_g‖²/ds
+    there = squares > 0
+    rates = jnp.where(there, speeds / jnp.where(there, squares, 1), 0)  # r_g²
+    moves = jnp.any(rates > 0) & ~jnp.any(~there & (speeds > 0))  # a group that starts from zero grows
+    first, second = jnp.sqrt(jnp.sum(rates)), jnp.sqrt(jnp.sum(jnp.square(rates)))
+    along = here.joined / jnp.where(moves, first, 1) + velocity / jnp.where(moves, second, 1)
+    weights = jnp.where(there, rates / jnp.where(there, squares, 1), 0)
+    distance = jnp.sqrt(0.5 * jnp.sum(weights * shapes.inner(along, along)))
+    # Where the loss has fallen, the groups shrink towards a minimum.
+    rounding = LOSS_ROUNDING * jnp.finfo(distance.dtype).eps * jnp.abs(field.plateau)
+    above = moving.loss >= field.plateau - rounding
+    together = jnp.sum(radial <= 0.5 * jnp.min(radial)) > 1
+    counts = moves & above & together & (jnp.sum(radial) < 0)
+    return jnp.where(counts, jnp.minimum(distance, 1), 1)

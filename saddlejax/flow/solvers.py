@@ -1,0 +1,125 @@
+"""Explicit solvers in the plateau clock that leave the rate at the end of a step in the state."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import diffrax as dfx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .. import _check
+from ..networks.mlp import safe_norm
+from .field import PlateauField
+from .memory import remember
+from .state import ClockState, Memory
+
+STABILITY_LIMIT = 2.8
+"""Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
+
+
+class PlateauInterpolation(dfx.AbstractLocalInterpolation):
+    """The states within a step, whose rates are not known."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    within: dfx.AbstractLocalInterpolation
+    memory: Memory
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> ClockState:
+        return ClockState.unknown(self.within.evaluate(t0, t1, left), self.memory)
+
+
+def _interpolate(
+    inner: Callable[..., dfx.AbstractLocalInterpolation], *, t0: Any, t1: Any, within: PyTree, memory: Memory
+) -> PlateauInterpolation:
+    return PlateauInterpolation(t0=t0, t1=t1, within=inner(t0=t0, t1=t1, **within), memory=memory)
+
+
+class PlateauSolver(dfx.AbstractAdaptiveSolver):
+    """An explicit solver for the plateau clock, to be used with [`saddlejax.plateau_clock`][].
+
+    Its steps are those of the diffrax solver that it holds. At the end of each it leaves the rate in the state, which that
+    solver has computed as its last stage, so that events and step sizes need no gradient of their own.
+
+    **Arguments:** `solver`: an explicit diffrax solver whose last stage is the first of the next step: `Tsit5` (the
+    default), `Dopri5`, `Dopri8` or `Bosh3`.
+
+    **Raises:** `ValueError` for any other solver.
+    """
+
+    solver: dfx.AbstractERK = dfx.Tsit5()
+    term_structure: ClassVar = dfx.ODETerm
+
+    def __check_init__(self) -> None:
+        solver = self.solver
+        tableau = getattr(solver, "tableau", None)
+        if not (isinstance(solver, dfx.AbstractERK) and isinstance(tableau, dfx.ButcherTableau) and tableau.fsal):
+            raise _check.fail(
+                "solver",
+                "be an explicit first-same-as-last diffrax solver: Tsit5, Dopri5, Dopri8 or Bosh3",
+                repr(solver),
+            )
+
+    @property
+    def interpolation_cls(self) -> Callable[..., PlateauInterpolation]:  # type: ignore[override]
+        """The states within a step."""
+        return partial(_interpolate, self.solver.interpolation_cls)
+
+    @property
+    def stages(self) -> int:
+        """The gradients that a step takes."""
+        return self.solver.tableau.num_stages - 1  # type: ignore[union-attr]
+
+    def order(self, terms: Any) -> int | None:
+        """The order of the solver."""
+        return self.solver.order(terms)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField) -> PyTree:
+        """The state of the solver."""
+        return self.solver.init(_alone(terms, y0), t0, t1, y0.vector, args)
+
+    def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
+        """The vector field."""
+        return terms.vf(t0, y0, args)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField, solver_state: PyTree, made_jump: Any
+    ) -> tuple[ClockState, ClockState, dict[str, Any], PyTree, Any]:
+        """One step from `t0` to `t1`."""
+        vector, error, within, solver_state, result = self.solver.step(
+            _alone(terms, y0), t0, t1, y0.vector, args, solver_state, made_jump
+        )
+        moves = within["k"]
+        rate = moves[-1] / (t1 - t0)
+        memory = remember(y0.memory, args, vector, rate)
+        stiff = self._stiffness(y0.vector, vector, moves) > STABILITY_LIMIT
+        memory = memory._replace(unsuited=jnp.where(stiff, y0.memory.unsuited + 1, 0))
+        zero = jnp.zeros_like(vector)
+        y1 = ClockState(vector, rate, memory, jnp.zeros_like(y0.error))
+        wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))
+        return y1, wrong, {"within": within, "memory": memory}, solver_state, result
+
+    def _stiffness(self, before: Array, after: Array, moves: Array) -> Float[Array, ""]:
+        """`h ρ` from the last two stages, both at the end of the step (Hairer & Wanner, Solving ODEs II, section IV.2)."""
+        tableau = self.solver.tableau
+        assert isinstance(tableau, dfx.ButcherTableau)
+        if tableau.c[-2] != tableau.c[-1]:
+            return jnp.zeros((), moves.dtype)
+        row = tableau.a_lower[-2]
+        other = before + jnp.tensordot(jnp.asarray(np.asarray(row), moves.dtype), moves[:-2], 1, precision="highest")
+        apart = safe_norm(after - other)
+        return safe_norm(moves[-1] - moves[-2]) / jnp.where(apart > 0, apart, 1)
+
+
+def _alone(terms: dfx.AbstractTerm, like: ClockState) -> dfx.ODETerm:
+    """The term of the state vector alone."""
+    return dfx.ODETerm(lambda s, vector, args: terms.vf(s, ClockState.unknown(vector, like.memory), args).vector)
+
+
+def velocity(s: Any, y: ClockState, args: PlateauField) -> ClockState:
+    """The vector field on the whole state: what is only remembered stands still."""
+    del s
+    still = Memory(*[jnp.zeros_like(number) for number in y.memory])
+    return ClockState(args.motion(y.vector), jnp.zeros_like(y.vector), still, jnp.zeros_like(y.error))

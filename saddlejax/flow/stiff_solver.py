@@ -1,0 +1,221 @@
+"""Exponential steps in the plateau clock, for flows whose fast directions would bound explicit ones."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..networks.mlp import safe_norm
+from ..parameters import GroupShapes
+from .coordinates import Coordinates, to_coordinates
+from .exponential import ExponentialRosenbrock, Work
+from .field import PlateauField
+from .memory import remember, smallest_share
+from .state import ClockState, Memory, Parts
+
+# Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
+INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
+NODES = (0.0, *INNER_NODES, 1.0)
+ROUNDING, GROWING = 10, 0.01
+KRYLOV_SHARE = 0.01
+STABILITY = 3.3
+PRODUCT_COST = 1.8
+"""What a Hessian-vector product costs, in gradients."""
+EXPLICIT_STAGES = 6
+
+
+def _integration() -> np.ndarray:
+    """The integrals of the Lagrange polynomials of the nodes from 0 to every node; the last row is the quadrature rule."""
+    nodes = np.asarray(NODES)
+    rows = []
+    for node, others in ((n, np.delete(nodes, i)) for i, n in enumerate(nodes)):
+        lagrange = np.polynomial.Polynomial.fromroots(others) / np.prod(node - others)
+        rows.append(lagrange.integ()(nodes))
+    return np.stack(rows, axis=1)
+
+
+INTEGRATION = _integration()
+
+
+class NodeInterpolation(dfx.AbstractLocalInterpolation):
+    """The polynomial of degree nine through the states and rates at the five nodes of a step."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    states: Float[Array, "5 state"]
+    rates: Float[Array, "5 state"]
+    memory: Memory
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> ClockState:
+        del left
+        if t1 is not None:
+            return jax.tree.map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
+        size = self.t1 - self.t0
+        x = (t0 - self.t0) / size
+        values, slopes = _hermite(x)
+        vector = jnp.matmul(values, self.states, precision="highest")
+        return ClockState.unknown(vector + size * jnp.matmul(slopes, self.rates, precision="highest"), self.memory)
+
+
+def _hermite(x: Float[Array, ""]) -> tuple[Float[Array, " 5"], Float[Array, " 5"]]:
+    """The weights of values and slopes at the nodes in the Hermite polynomial through them, at `x` in [0, 1]."""
+    nodes = np.asarray(NODES)
+    apart = nodes[:, None] - nodes[None, :]
+    np.fill_diagonal(apart, 1.0)
+    others = ~np.eye(len(nodes), dtype=bool)
+    # The Lagrange polynomials, and their slopes at their own nodes.
+    factors = jnp.where(others, (x - nodes[None, :]) / apart, 1)
+    lagrange = jnp.prod(factors, axis=1)
+    slopes = np.sum(np.where(others, 1 / apart, 0), axis=1)
+    squares = jnp.square(lagrange)
+    return squares * (1 - 2 * slopes * (x - nodes)), squares * (x - nodes)
+
+
+class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
+    """The exponential Rosenbrock solver in the plateau clock, with `τ` frozen over a step.
+
+    With `τ` at its value at the start, a step in `s` is one in `t`, and the Jacobian is `−τ` times the Hessian, which is
+    symmetric; with a `τ` that moves along it would not be. For [`saddlejax.plateau_clock`][], with the step size
+    controller `PlateauController(rtol, to_escape=False, largest_growth=3.0, longest_step=math.inf)`.
+
+    **Arguments:**
+
+    - `rtol`: the tolerance of the controller; the error of the Krylov spaces is a hundredth of it.
+    - `krylov_size`: the most vectors in a Krylov space.
+
+    The solver state counts gradients and Hessian-vector products, see `Work`. Derivatives through a solve are not
+    available.
+    """
+
+    rtol: Float[Array, ""] | float = 1e-2
+    krylov_size: int = eqx.field(static=True, default=48)
+    term_structure: ClassVar = dfx.ODETerm
+    interpolation_cls: ClassVar[Callable[..., NodeInterpolation]] = NodeInterpolation
+
+    def order(self, terms: Any) -> int:
+        """Four; the error estimate is that of a method of order three."""
+        del terms
+        return 4
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField) -> Work:
+        """No work yet."""
+        return Work(jnp.asarray(0), jnp.asarray(0))
+
+    def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
+        """The vector field."""
+        return terms.vf(t0, y0, args)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField, solver_state: Work, made_jump: Any
+    ) -> tuple[ClockState, ClockState, dict[str, Any], Work, Any]:
+        """One step from `t0` to `t1`."""
+        del terms, made_jump
+        field, layout, size = args, args.layout, t1 - t0
+        before, rate = layout.split(y0.vector), field.rate(y0)
+        moving = layout.split(rate)
+        here, shapes = before.coordinates, layout.shapes
+        tau = moving.time * jnp.exp(field.log_time_unit)
+        theta = shapes.join(here.arrays())
+        rtol = jnp.asarray(self.rtol, theta.dtype)
+        share = jnp.maximum(y0.memory.share, smallest_share(rtol))
+        graded = relative_to_singular_values(shapes.split(theta), rtol)
+
+        def velocity(theta: Array) -> Array:
+            slopes = jax.grad(lambda arrays: field.objective.loss(field.parameters.with_arrays(arrays)))
+            return -tau * shapes.join(slopes(shapes.split(theta)))
+
+        def norm(error: Array) -> Array:
+            return graded(shapes.split(error)) / share
+
+        solver = ExponentialRosenbrock(KRYLOV_SHARE * rtol, self.krylov_size, lambda _: norm)
+        step = solver.increments(velocity, theta, size, INNER_NODES)
+        ends = shapes.split(theta + step.end)
+        vector = layout.join(before._replace(coordinates=to_coordinates(ends)))
+        rate_end = field.motion(vector)
+        # Inside the step the units stay as they are, and the clock runs at the pace that it has at the start.
+        inner = [here.shift(change) for change in step.inner]
+        vectors = [y0.vector, *[layout.join(before._replace(coordinates=at)) for at in inner], vector]
+        rates_there = [rate, *[field.motion(at) for at in vectors[1:-1]], rate_end]
+        rates = jnp.stack([_frozen(field, *pair, here, moving.time) for pair in zip(vectors, rates_there, strict=True)])
+        states = y0.vector + size * jnp.matmul(jnp.asarray(INTEGRATION, rates.dtype), rates, precision="highest")
+        within = jnp.stack([here.joined, *[at.joined for at in inner], here.shift(step.end).joined])
+        states = states.at[:, : shapes.size].set(within)
+        passed = layout.split(states[-1])
+        vector = layout.join(passed._replace(coordinates=to_coordinates(ends)))
+
+        memory = remember(y0.memory, field, vector, rate_end)
+        growing = step.largest * before.time > GROWING * moving.time
+        rests = ~growing & _is_rounding(*jax.jvp(velocity, (theta + step.end,), (theta + step.end,)), shapes)
+        rests = rests | (layout.split(rate_end).time == 0)
+        explicit = EXPLICIT_STAGES * jnp.maximum(size * step.fastest / STABILITY, 1)
+        cost = PRODUCT_COST * step.work.products + 2 * len(NODES)
+        memory = memory._replace(
+            at_rest=jnp.where(rests, 1, 0).astype(vector.dtype),
+            unsuited=jnp.where(explicit < cost, y0.memory.unsuited + 1, 0),
+        )
+        y1 = ClockState(vector, rate_end, memory, jnp.zeros_like(y0.error))
+        wrong = eqx.tree_at(lambda y: y.error, jax.tree.map(jnp.zeros_like, y1), graded(shapes.split(step.estimate)))
+        work = (step.work.vector_fields + len(NODES) - 1, step.work.products + 1)
+        spent = Work(*(past + new for past, new in zip(solver_state, work, strict=True)))
+        dense = {"states": states, "rates": rates, "memory": memory}
+        return y1, wrong, dense, spent, dfx.RESULTS.successful
+
+
+def _frozen(
+    field: PlateauField, vector: Array, rate: Array, units: Coordinates, time: Float[Array, ""]
+) -> Float[Array, " state"]:
+    """A rate in fixed units, while the time runs at a given pace."""
+    here, moving = field.layout.split(vector), field.layout.split(rate)
+    pace = time / jnp.where(moving.time > 0, moving.time, 1)
+    velocity = here.coordinates.velocity(moving.coordinates)
+    velocity = units.shapes.map(lambda u, v: jnp.exp(u) * v, here.coordinates.log_units - units.log_units, velocity)
+    fixed = Coordinates(pace * velocity, jnp.zeros_like(units.log_units), units.shapes)
+    return field.layout.join(Parts(fixed, time, moving.loss, pace * moving.energy, pace * moving.drift))
+
+
+def relative_to_singular_values(
+    arrays: tuple[Array, ...], rtol: Float[Array, ""]
+) -> Callable[[tuple[Array, ...]], Float[Array, ""]]:
+    """An error relative to the part of a group that it perturbs; the largest over the groups.
+
+    With `W = U diag(σ) Vᵀ` it is the norm of `(UᵀEV)_{ij}/√(σ_i σ_j)`: the modes still to be learned live in the small
+    singular values, and an error small beside the group but not beside them would change when they are. Singular values
+    of which a part `rtol` would be less than half of the rounding of the group are taken for ones that are not. Groups with
+    more than two axes are matrices `(shape[0], rest)`; vectors and numbers have one singular value, their norm.
+    """
+    factors = [_factors(_as_matrix(a), rtol) for a in arrays]
+
+    def norm(error: tuple[Array, ...]) -> Array:
+        return jnp.max(jnp.stack([_graded(_as_matrix(e), *f) for e, f in zip(error, factors, strict=True)]))
+
+    return norm
+
+
+def _as_matrix(array: Array) -> Float[Array, "rows columns"]:
+    return array.reshape(array.shape[0] if array.ndim > 1 else -1, -1 if array.ndim > 1 else 1)
+
+
+def _factors(matrix: Array, rtol: Array) -> tuple[Array, Array, Array]:
+    """`U/√σ`, the largest `σ` and `Vᵀ/√σ`."""
+    left, sizes, right = jnp.linalg.svd(matrix, full_matrices=False)
+    largest, eps = sizes[0], jnp.finfo(matrix.dtype).eps
+    least = largest * jnp.maximum(0.5 * eps / rtol, max(matrix.shape) * eps)
+    sizes = jnp.maximum(sizes, jnp.where(largest > 0, least, 1))
+    return left / jnp.sqrt(sizes), largest, right / jnp.sqrt(sizes)[:, None]
+
+
+def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
+    inside = jnp.matmul(jnp.matmul(left.T, error, precision="highest"), right.T, precision="highest")
+    return jnp.maximum(safe_norm(inside), safe_norm(error) / jnp.where(largest > 0, largest, 1))
+
+
+def _is_rounding(velocity: Array, response: Array, shapes: GroupShapes) -> Bool[Array, ""]:
+    """Whether a velocity is no more than what rounding of the parameters makes of it, by its response to them."""
+    eps = jnp.finfo(velocity.dtype).eps
+    groups = zip(shapes.split(velocity), shapes.split(response), strict=True)
+    return jnp.all(jnp.stack([safe_norm(v) <= ROUNDING * eps * safe_norm(r) for v, r in groups]))

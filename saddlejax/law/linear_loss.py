@@ -1,0 +1,165 @@
+"""The prediction for any model: followed itself, on a loss that is linear in its outputs, or on its own loss."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .. import _check
+from ..curvature.sharpness import sharpness
+from ..flow import Escape, Flow, Save, Status, gradient_flow
+from ..networks.mlp import AbstractNetwork, is_perceptron, safe_norm
+from ..objective import LossObjective, Problem, outputs
+from ..parameters import Parameters, Trainable
+from ..saddle.order import SaddleOrder, saddle_point
+from .bottleneck import group_scales
+from .follow import Followed, follow, share_of_optimum, steepest_energy
+from .prediction import LINEAR_LOSS, WHOLE_LOSS, EscapePrediction
+
+
+class Start(eqx.Module):
+    """A model at the start of its plateau, with what has a minimum of its own there, and the linear loss that it sees."""
+
+    arrays: tuple[Array, ...]
+    base: Float[Array, "samples out"]
+    pulls: Float[Array, "samples out"]
+    offset: Float[Array, ""]
+    plateau: Float[Array, ""]
+    signal: Float[Array, ""]
+    gradient_error: Float[Array, ""]
+    growth_rate: Float[Array, ""]
+
+
+def predict_from_linear_loss(
+    problem: Problem, small: tuple[int, ...], trainable: Trainable | None, with_sharpness: bool
+) -> EscapePrediction:
+    """Follow `C(f_0) + E⟨∇c(f_0, y), f(x) − f_0(x)⟩`, with the outputs `f_0` where the small groups are zero."""
+    task, parameters = problem.task, problem.parameters
+    assert task is not None
+    order, base = saddle_point(problem, small)
+    start = _start(problem, order, base)
+
+    def steepest(model: PyTree) -> Array:
+        return steepest_energy(task, start.base, outputs(model, task.x), order.order)
+
+    model = parameters.with_arrays(start.arrays)
+    if _check.is_concrete(order.order) and bool(jnp.isnan(order.order)):
+        nan = jnp.full((), jnp.nan, task.x.dtype)
+        done = Followed(nan, nan, model, Status.stationary, jnp.asarray(0))
+    else:
+        done = follow(model, task.x, start.pulls, start.offset, start.plateau, steepest, trainable)
+    escaped = done.status == Status.escaped
+    share = share_of_optimum(order.order)
+    return EscapePrediction(
+        log_time=jnp.where(escaped, done.log_time, jnp.nan),
+        learning_rate=None,
+        order=order.order,
+        followed=LINEAR_LOSS,
+        layers=small,
+        names=_names(problem, small),
+        scales=group_scales([parameters.arrays[group] for group in small]),
+        speed=jnp.where(escaped, _speed(order, Parameters.of(done.model, trainable).arrays, done.energy), jnp.nan),
+        drop=jnp.where(escaped, done.energy * (1 - share / 2) / start.plateau, jnp.nan),
+        status=done.status,
+        gradient_evaluations=done.gradient_evaluations,
+        signal=start.signal,
+        gradient_error=start.gradient_error,
+        preactivations=jnp.zeros(0, task.x.dtype),
+        bend=jnp.zeros(0, task.x.dtype),
+        growth_rate=start.growth_rate,
+        largest_learning_rate=2 / _sharpness(done.model, task, trainable) if with_sharpness else None,
+    )
+
+
+def predict_from_whole_loss(
+    problem: Problem, small: tuple[int, ...], trainable: Trainable | None, with_sharpness: bool
+) -> EscapePrediction:
+    """Follow the loss itself to its escape: without outputs there is nothing that it could be linear in."""
+    objective, parameters = problem.objective, problem.parameters
+    assert isinstance(objective, LossObjective)
+    order, _ = saddle_point(problem, small)
+    flow = _flow(parameters.model, objective.function, trainable)
+    rates = _growth_rate(jax.grad(problem.loss)(parameters.arrays), parameters.arrays, small)
+    nan = jnp.full((), jnp.nan, rates.dtype)
+    escaped = flow.status == Status.escaped
+    sharpest = _sharpness(flow.net, objective.function, trainable) if with_sharpness else None
+    return EscapePrediction(
+        log_time=flow.log_escape_time,
+        learning_rate=None,
+        order=order.order,
+        followed=WHOLE_LOSS,
+        layers=small,
+        names=_names(problem, small),
+        scales=group_scales([parameters.arrays[group] for group in small]),
+        speed=nan,
+        drop=jnp.where(escaped, 1 - flow.losses[-1] / flow.losses[0], jnp.nan),
+        status=flow.status,
+        gradient_evaluations=flow.stats["gradient_evaluations"],
+        signal=nan,
+        gradient_error=jnp.zeros_like(nan),
+        preactivations=jnp.zeros(0, nan.dtype),
+        bend=jnp.zeros(0, nan.dtype),
+        growth_rate=rates,
+        largest_learning_rate=None if sharpest is None else 2 / sharpest,
+    )
+
+
+_sharpness = eqx.filter_jit(sharpness)
+
+
+@eqx.filter_jit
+def _flow(model: PyTree, loss: object, trainable: Trainable | None) -> Flow:
+    return gradient_flow(model, loss, Escape(), trainable=trainable, save=Save(steps=False, singular_values=False))
+
+
+def _names(problem: Problem, small: tuple[int, ...]) -> tuple[str, ...] | None:
+    model = problem.model
+    if isinstance(model, AbstractNetwork) and is_perceptron(model):
+        return None
+    return tuple(problem.parameters.names[group] for group in small)
+
+
+@eqx.filter_jit
+def _start(problem: Problem, order: SaddleOrder, base: tuple[Array, ...]) -> Start:
+    parameters, task = problem.parameters, problem.task
+    assert task is not None
+    arrays = tuple(
+        jnp.where(relaxed, at_base, array)
+        for relaxed, at_base, array in zip(order.relaxed, base, parameters.arrays, strict=True)
+    )
+    at_base = outputs(parameters.with_arrays(base), task.x)
+    pulls = -jax.grad(task.mean_loss)(at_base)
+
+    def energy(arrays: tuple[Array, ...]) -> Array:
+        return jnp.sum(pulls * outputs(parameters.with_arrays(arrays), task.x))
+
+    terms = pulls * (outputs(parameters.with_arrays(arrays), task.x) - at_base)
+    size = jnp.sum(jnp.abs(terms))
+    full, linear = jax.grad(problem.loss)(arrays), jax.grad(lambda a: -energy(a))(arrays)
+    norm = lambda groups: safe_norm(jnp.stack([safe_norm(groups[group]) for group in order.small]))  # noqa: E731
+    missing = [a - b for a, b in zip(full, linear, strict=True)]
+    return Start(
+        arrays=arrays,
+        base=at_base,
+        pulls=pulls,
+        offset=jnp.sum(pulls * at_base),
+        plateau=task.mean_loss(at_base),
+        signal=jnp.abs(jnp.sum(terms)) / jnp.where(size > 0, size, 1),
+        gradient_error=norm(missing) / norm(linear),
+        growth_rate=_growth_rate(linear, arrays, order.small),
+    )
+
+
+def _growth_rate(slopes: tuple[Array, ...], arrays: tuple[Array, ...], small: tuple[int, ...]) -> Array:
+    """The largest `‖∂_g‖/‖θ_g‖` of the small groups that are not zero."""
+    norms = [(safe_norm(slopes[group]), safe_norm(arrays[group])) for group in small]
+    return jnp.max(jnp.stack([jnp.where(size > 0, slope / jnp.where(size > 0, size, 1), 0) for slope, size in norms]))
+
+
+def _speed(order: SaddleOrder, arrays: tuple[Array, ...], energy: Array) -> Array:
+    """`K` of `dy/dt = K y^{r−1}`, from `d(½ Σ_g ‖θ_g‖²)/dt = r γ` and the mean square `y²` of the groups' norms."""
+    waiting = jnp.stack([~order.relaxed[group] for group in order.small])
+    norms = jnp.stack([safe_norm(arrays[group]) for group in order.small])
+    count = jnp.sum(waiting)
+    log_size = jnp.log(safe_norm(jnp.where(waiting, norms, 0))) - 0.5 * jnp.log(count)
+    return order.order / count * energy * jnp.exp(-order.order * log_size)

@@ -1,0 +1,187 @@
+"""The order of a saddle, predictions, exponents and escape directions of models that are no perceptrons."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import saddlejax as sj
+
+KEY = jax.random.key(0)
+SIGNS = np.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+
+
+def parity() -> sj.Task:
+    """The product of three signs, on all eight of them: what depends on one or two of them only has no part in it."""
+    return sj.Task(SIGNS, SIGNS.prod(axis=1, keepdims=True))
+
+
+def digits(samples: int = 50) -> sj.Task:
+    """Some of the digits, whose targets do not have mean zero: a last bias has a gradient at zero."""
+    whole = sj.tasks.digits()
+    return sj.Task(whole.x[:samples], whole.y[:samples])
+
+
+def perceptron(depth: int, activation, inputs: int = 3, outputs: int = 1) -> sj.MLP:
+    return sj.MLP([inputs, *[8] * (depth - 1), outputs], activation, key=KEY)
+
+
+def squared_relu(z):
+    return jnp.square(jax.nn.relu(z))
+
+
+class Convolutions(eqx.Module):
+    """Two convolutions and a linear layer on images of 8 × 8."""
+
+    conv1: eqx.nn.Conv2d
+    conv2: eqx.nn.Conv2d
+    head: eqx.nn.Linear
+    activation: object = eqx.field(static=True)
+
+    def __init__(self, activation, use_bias=False):
+        keys = jax.random.split(KEY, 3)
+        self.activation = activation
+        self.conv1 = eqx.nn.Conv2d(1, 4, 3, padding=1, use_bias=use_bias, key=keys[0])
+        self.conv2 = eqx.nn.Conv2d(4, 4, 3, stride=2, padding=1, use_bias=use_bias, key=keys[1])
+        self.head = eqx.nn.Linear(64, 10, use_bias=use_bias, key=keys[2])
+
+    def __call__(self, x):
+        h = self.activation(self.conv1(x.reshape(1, 8, 8)))
+        return self.head(self.activation(self.conv2(h)).ravel())
+
+
+class Residual(eqx.Module):
+    """An embedding, four blocks `h + W tanh(h)`, and a linear layer."""
+
+    weights: list
+
+    def __init__(self):
+        keys = jax.random.split(KEY, 6)
+        shapes = [(8, 64), *[(8, 8)] * 4, (10, 8)]
+        self.weights = [jax.random.normal(k, s) / np.sqrt(s[1]) for k, s in zip(keys, shapes, strict=True)]
+
+    def __call__(self, x):
+        h = self.weights[0] @ x
+        for w in self.weights[1:-1]:
+            h = h + w @ jnp.tanh(h)
+        return self.weights[-1] @ h
+
+
+class Arrays(eqx.Module):
+    """Arrays that a loss of its own puts together."""
+
+    u: jax.Array
+    v: jax.Array
+
+
+def diagonal_loss(m):
+    """Sparse regression by `u³ − v³`."""
+    x = jax.random.normal(jax.random.key(1), (20, 30))
+    return 0.5 * jnp.mean((x @ (m.u**3 - m.v**3) - 3 * x[:, 1] + 2 * x[:, 5]) ** 2)
+
+
+class Attention(eqx.Module):
+    """One head of linear attention for regression in context, `v · (K β)(Q x)`."""
+
+    v: jax.Array
+    k: jax.Array
+    q: jax.Array
+
+
+def attention_loss(m):
+    keys = jax.random.split(jax.random.key(2), 2)
+    x, w = jax.random.normal(keys[0], (100, 17, 3)), jax.random.normal(keys[1], (100, 3))
+    y = jnp.einsum("bnd,bd->bn", x, w)
+    beta = jnp.mean(y[:, :-1, None] * x[:, :-1], axis=1)
+    return 0.5 * jnp.mean((jnp.sum(m.v * (beta @ m.k.T) * (x[:, -1] @ m.q.T), axis=1) - y[:, -1]) ** 2)
+
+
+def arrays() -> Arrays:
+    return Arrays(*(jnp.abs(jax.random.normal(key, (30,))) for key in jax.random.split(KEY)))
+
+
+def attention() -> Attention:
+    keys = jax.random.split(KEY, 3)
+    return Attention(*(jax.random.normal(k, s) for k, s in zip(keys, [(4,), (4, 3), (4, 3)], strict=True)))
+
+
+# The order
+
+
+@pytest.mark.parametrize(
+    ("depth", "activation", "order"),
+    [(2, "tanh", 4), (3, "tanh", 5), (3, "gelu", 6), (3, "relu", 3), (2, squared_relu, 3), (3, squared_relu, 7)],
+)
+def test_order_of_perceptrons_on_parity_and_of_squared_relu(depth, activation, order):
+    # tanh: the first layer gives x₁x₂x₃ at its third power only. GELU = z/2 + c z² + …: at z², squared again with z.
+    task = digits() if activation is squared_relu else parity()
+    found = sj.saddle_order(perceptron(depth, activation, task.in_size, task.out_size), task)
+    assert float(found.order) == order and float(found.exponent) == order - 2
+    assert float(found.residual) < 1e-3
+    assert f"r = {order}" in str(found)
+
+
+def test_order_is_the_number_of_small_layers_where_the_data_have_a_signal():
+    net, task = perceptron(4, "tanh", 64, 10), digits()
+    for layers in ((3,), (1, 2), (0, 1, 2), (0, 1, 2, 3)):
+        assert float(sj.saddle_order(net, task, layers=layers).order) == len(layers)
+    chosen = sj.saddle_order(net, task, lambda m: m.weights[1:])
+    assert float(chosen.order) == 3 and chosen.small == (1, 2, 3)
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu], ids=["tanh", "relu"])
+@pytest.mark.parametrize("use_bias", [False, True], ids=["plain", "biases"])
+def test_order_of_convolutions(activation, use_bias):
+    found = sj.saddle_order(Convolutions(activation, use_bias), digits())
+    assert float(found.order) == 3
+    moved = [name for name, one in zip(found.names, found.relaxed, strict=True) if one]
+    assert moved == (["head.bias"] if use_bias else [])
+
+
+def test_order_of_other_models():
+    assert float(sj.saddle_order(Residual(), digits()).order) == 2
+    with_biases = eqx.nn.MLP(64, 10, 8, 2, jnp.tanh, key=KEY)
+    for task in (digits(), sj.Task(digits().x, jnp.argmax(digits().y, axis=1), sj.cross_entropy)):
+        found = sj.saddle_order(with_biases, task)
+        assert float(found.order) == 3 and "at their minimum: layers[2].bias" in str(found)
+    assert float(sj.saddle_order(with_biases, lambda m: digits().mean_loss(jax.vmap(m)(digits().x))).order) == 3
+    assert float(sj.saddle_order(arrays(), diagonal_loss).order) == 3
+    assert float(sj.saddle_order(attention(), attention_loss).order) == 3
+    assert float(sj.saddle_order(attention(), attention_loss, lambda m: [m.k, m.q]).order) == 2
+
+
+def test_the_signal_is_the_leading_coefficient():
+    # f = w₂ w₁ x, squared error on y = 3: −𝓛_0(θ̂) = 3 at unit weights.
+    net = sj.MLP.from_weights([[[0.2]], [[0.1]]], "identity")
+    found = sj.saddle_order(net, sj.Task(np.ones((1, 1)), 3 * np.ones((1, 1))), layers=(0, 1))
+    assert float(found.signal) == pytest.approx(3, rel=1e-9)
+    both = sj.saddle_order(Arrays(jnp.array([0.1]), jnp.array([0.3])), lambda m: jnp.sum((m.u**2 * m.v - 1) ** 2) / 2)
+    assert float(both.order) == 3 and float(both.signal) == pytest.approx(1, rel=1e-9)
+
+
+def test_where_no_order_is_found_and_bad_arguments():
+    nothing = sj.saddle_order(arrays(), lambda m: jnp.sum(0 * m.u * m.v))
+    assert np.isnan(float(nothing.order)) and "none found" in str(nothing)
+    model = Convolutions(jnp.tanh)
+    for options, words in (
+        ({"layers": [0]}, "layers must be left out where the model is no perceptron"),
+        ({"where": lambda m: m.activation}, "where must be a function that returns parameter arrays"),
+        ({"where": lambda m: [m.conv1], "layers": [0]}, "where must be left out where layers are given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sj.saddle_order(model, digits(), **options)
+
+
+def test_order_in_single_precision_and_under_transformations():
+    with jax.enable_x64(False):
+        task = parity()
+        net = perceptron(3, "tanh")
+        assert task.x.dtype == jnp.float32
+        assert float(sj.saddle_order(net, task).order) == 5
+    net, task = perceptron(3, "tanh"), parity()
+    alone = sj.saddle_order(net, task, layers=range(3))
+    jitted = jax.jit(lambda net: sj.saddle_order(net, task, layers=range(3)))(net)
+    assert float(jitted.order) == 5 and float(jitted.signal) == pytest.approx(float(alone.signal), rel=1e-6)
