@@ -30,7 +30,6 @@ from .law.universality import collapse as collapse
 from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .networks.activations import ACTIVATIONS as ACTIVATIONS
 from .networks.mlp import MLP as MLP
-from .networks.scaling import scale_layers as scale_layers
 from .norm_imbalance import (
     imbalance as imbalance,
     imbalance_matrices as imbalance_matrices,
@@ -45,6 +44,7 @@ from .saddle import (
 )
 from .saddle.energy_growth import signal_growth as signal_growth
 from .saddle.signal import signal_strength as signal_strength
+from .scaling import scale_layers as scale_layers
 from .sweeps import sweep as sweep
 from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task

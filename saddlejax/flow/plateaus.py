@@ -17,7 +17,8 @@ from .._host.interrupt import safe_to_interrupt
 from .._numerics import power_of_ten
 from ..curvature.stationary import StationaryPoint, nearby_stationary_point
 from ..networks.activation_class import slope_jumps
-from ..networks.mlp import AbstractNetwork, is_perceptron
+from ..networks.checks import is_perceptron
+from ..networks.network import AbstractNetwork
 from ..parameters import Parameters
 from ..tasks.task import Task
 from .rounding import log_gradient_rounding, log_sensitivity

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
 from .._numerics import power_of_ten as power_of_ten
-from ..networks.mlp import AbstractNetwork
+from ..networks.network import AbstractNetwork
 from ..tasks.task import Task
 from .plateaus import Plateaus, plateaus
 from .status import Status

@@ -12,7 +12,8 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from ..networks.activation_class import value_at_zero
 from ..networks.activations import Activation
-from ..networks.mlp import AbstractNetwork, is_perceptron
+from ..networks.checks import is_perceptron
+from ..networks.network import AbstractNetwork
 from ..objective import Problem, as_problem, output_slopes
 from ..parameters import Trainable
 from ..saddle.order import in_widest
@@ -28,7 +29,7 @@ from .prediction import EscapePrediction
 def predict_escape(
     model: PyTree,
     task: Task | Callable[[Any], Array],
-    learning_rate: float | Array | None = None,
+    learning_rate: float | int | Array | None = None,
     layers: Sequence[int] | int | None = None,
     *,
     where: Callable[[Any], Any] | None = None,
