@@ -7,12 +7,12 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..objective import Problem, TaskObjective
 from .clock import PlateauClock, clock_of
-from .controller import PlateauController
-from .field import PlateauField
+from .controller import PlateauController, StepSize
+from .field import PlateauField, Scales, field_of
 from .record import Row, Save, row
 from .rounding import dormant_gradient_lost, dormant_lost, signal_left
 from .rows_at_times import RowsAtTimes
@@ -136,6 +136,77 @@ def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     return ~rose & (fallen | (field.layout.split(state.rate).loss < NO_PLATEAU_LOSS * field.plateau))
 
 
+class Place(NamedTuple):
+    """Where a solve stands between two calls of diffrax, which go on from here as if they were one.
+
+    - `s`, `state`: the clock and the state.
+    - `solver_state`, `step`: of the solver and of the controller; None at the start.
+    """
+
+    s: Float[Array, ""]
+    state: ClockState
+    solver_state: PyTree
+    step: StepSize | None
+
+
+def place_of(state: ClockState) -> Place:
+    """The start of a solve."""
+    return Place(jnp.zeros_like(state.error), state, None, None)
+
+
+def solve(
+    clock: PlateauClock,
+    place: Place,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    kind: Kind,
+    *,
+    size: Array | None = None,
+    attempts: int | None = None,
+    locate: bool = True,
+) -> dfx.Solution:
+    """Take steps until the flow ends, or so many of them; `size` is the first, by default the controller's choice.
+
+    Where the end is not located, the solve ends with the step in which it lies.
+    """
+    solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
+    if save.times is not None:
+        solver = RowsAtTimes(solver, save)
+    saved = {"end": dfx.SubSaveAt(t1=True)}
+    if save.times is None and save.steps:
+        saved["rows"] = dfx.SubSaveAt(steps=True, fn=lambda t, y, args: row(save, args, y))
+    event = clock.event(until, steps.rtol)
+    return dfx.diffeqsolve(
+        clock.term,
+        solver,
+        place.s,
+        jnp.full_like(place.s, jnp.inf),
+        size if place.step is None else place.step.size,
+        place.state,
+        args=clock.args,
+        stepsize_controller=_controller(steps, until),
+        event=event if locate else dfx.Event(event.cond_fn, direction=True),
+        saveat=dfx.SaveAt(subs=saved, solver_state=True, controller_state=True),
+        adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
+        max_steps=steps.max_steps if attempts is None else attempts,
+        throw=False,
+        solver_state=place.solver_state,
+        controller_state=place.step,
+    )
+
+
+def _controller(steps: Steps, until: AbstractUntil) -> EndingController:
+    return EndingController(steps.controller, steps.patience, until.uses_curvature)
+
+
+def place_after(solution: dfx.Solution) -> Place:
+    """Where a solve stands after some steps."""
+    s, state = jax.tree.map(lambda a: a[-1], (solution.ts["end"], solution.ys["end"]))
+    assert solution.controller_state is not None
+    return Place(s, state, solution.solver_state, solution.controller_state)
+
+
 def stretch(
     clock: PlateauClock,
     state: ClockState,
@@ -146,75 +217,54 @@ def stretch(
     kind: Kind,
 ) -> Stretch:
     """Follow a flow from a state whose rate is known until it ends."""
-    field, dtype = clock.args, state.vector.dtype
+    solution = solve(clock, place_of(state), until, save, steps, kind, size=size)
+    accepted, attempts = (jnp.asarray(solution.stats[name]) for name in ("num_accepted_steps", "num_steps"))
+    return summary(clock, state, until, save, steps, solution, accepted, attempts)
 
-    controller = EndingController(steps.controller, steps.patience, until.uses_curvature)
-    solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
-    if save.times is not None:
-        solver = RowsAtTimes(solver, save)
-    by_steps = save.times is None and save.steps
-    saved = {"end": dfx.SubSaveAt(t1=True)}
-    if by_steps:
-        saved["rows"] = dfx.SubSaveAt(steps=True, fn=lambda t, y, args: row(save, args, y))
-    solution = dfx.diffeqsolve(
-        clock.term,
-        solver,
-        jnp.zeros((), dtype),
-        jnp.asarray(jnp.inf, dtype),
-        size,
-        state,
-        args=field,
-        stepsize_controller=controller,
-        event=clock.event(until, steps.rtol),
-        saveat=dfx.SaveAt(
-            subs=saved,
-            solver_state=True,
-            controller_state=True,
-        ),
-        adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
-        max_steps=steps.max_steps,
-        throw=False,
-    )
-    end = jax.tree.map(lambda a: a[-1], solution.ys["end"])
-    end = eqx.tree_at(lambda y: y.rate, end, field.motion(end.vector))
-    accepted, attempts = jnp.asarray(solution.stats["num_accepted_steps"]), jnp.asarray(solution.stats["num_steps"])
-    last = row(save, field, end)
-    inner = solution.solver_state
-    rows, row_steps, extra = None, None, jnp.asarray(1)
+
+def summary(
+    clock: PlateauClock,
+    state: ClockState,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    solution: dfx.Solution,
+    accepted: Int[Array, ""],
+    attempts: Int[Array, ""],
+) -> Stretch:
+    """The stretch that begins at a state and ends with a solve, after so many attempts."""
+    field, after = clock.args, place_after(solution)
+    end = eqx.tree_at(lambda y: y.rate, after.state, field.motion(after.state.vector))
+    last, inner, max_steps = row(save, field, end), after.solver_state, steps.max_steps
+    rows, row_steps, for_rows = None, None, jnp.asarray(1)
     if save.times is not None:
         later = inner.rows.log_time > field.log_time(end)
         rows, row_steps = _blank(inner.rows, later), jnp.where(later, -1, inner.steps)
-        extra, inner = inner.count, inner.inner
+        for_rows, inner = inner.count, inner.inner
     elif save.steps:
-        index = jnp.arange(steps.max_steps)
-        rows = _blank(jax.tree.map(lambda a: a[: steps.max_steps], solution.ys["rows"]), index >= accepted)
+        index = jnp.arange(max_steps)
+        rows = _blank(jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]), index >= accepted)
         rows = jax.tree.map(lambda all, one: all.at[jnp.maximum(accepted - 1, 0)].set(one), rows, last)
         rows, row_steps = _blank(rows, index >= accepted), jnp.where(index < accepted, index + 1, -1)
-    if isinstance(inner, tuple) and hasattr(inner, "products"):
-        gradients, products = inner.vector_fields, inner.products
-    else:
-        assert isinstance(steps.explicit, dfx.AbstractERK)
-        stages = steps.explicit.tableau.num_stages - 1
-        gradients, products = attempts * stages + (attempts > 0), jnp.asarray(0)
-    stuck = solution.result == dfx.RESULTS.dt_min_reached
-    assert solution.controller_state is not None
-    ends = controller.ends(field, end)._replace(until=jnp.asarray(solution.event_mask))
     runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
     attempts = jnp.where(runs, attempts, 0)
-    if until.uses_curvature:
-        products = products + attempts + 1
+    if steps.explicit is None:
+        gradients, products = inner.vector_fields, inner.products
+    else:
+        gradients, products = PlateauSolver(steps.explicit).gradients(attempts), jnp.asarray(0)
+    assert after.step is not None
     return Stretch(
         state=end,
         last=last,
         rows=rows,
         row_steps=row_steps,
-        ends=ends,
-        stuck=stuck,
+        ends=_controller(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask)),
+        stuck=solution.result == dfx.RESULTS.dt_min_reached,
         accepted=accepted,
         attempts=attempts,
-        gradients=gradients + extra,
-        products=products,
-        step_size=solution.controller_state.size,
+        gradients=gradients + for_rows,
+        products=products + (attempts + 1 if until.uses_curvature else 0),
+        step_size=after.step.size,
     )
 
 
@@ -224,12 +274,17 @@ def _blank(rows: Row, where: Bool[Array, " rows"]) -> Row:
 
 
 class Begin(NamedTuple):
-    """The start of a flow: the clock, the state with its rate, its row, and an outcome where there is one at once."""
+    """The start of a flow: its scales, the state with its rate, its row, and an outcome where there is one at once."""
 
-    clock: PlateauClock
+    scales: Scales
     state: ClockState
     row: Row
     status: Status
+
+
+def clock_from(problem: Problem, first: Begin) -> PlateauClock:
+    """The clock of a flow whose start is known."""
+    return PlateauClock(field_of(problem, first.scales), first.state, first.state.rate)
 
 
 def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
@@ -250,12 +305,12 @@ def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
         status = Status.where(happened, outcome, status)
     over = jnp.where(status == Status.step_limit, 0, 1).astype(state.vector.dtype)
     state = eqx.tree_at(lambda y: y.memory, state, state.memory._replace(at_rest=over))
-    return Begin(clock, state, row(save, field, state), status)
+    return Begin(field.scales, state, row(save, field, state), status)
 
 
-def conclude(first: Begin, until: AbstractUntil, last: Stretch) -> tuple[Status, Float[Array, ""]]:
+def conclude(problem: Problem, first: Begin, until: AbstractUntil, last: Stretch) -> tuple[Status, Float[Array, ""]]:
     """How a flow ended, and `log t` of its end."""
-    field, state, ends = first.clock.args, last.state, last.ends
+    field, state, ends = field_of(problem, first.scales), last.state, last.ends
     status = first.status
     runs = status == Status.step_limit
     below = field.layout.split(state.rate).loss > field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau)
@@ -279,9 +334,9 @@ def _how_it_rests(status: Status, until: AbstractUntil, field: PlateauField, sta
     log_norms = field.layout.split(state.vector).coordinates.log_norms()
     if field.perceptron and isinstance(field.objective, TaskObjective):
         model = field.model(state)
-        lost = dormant_gradient_lost(field.log_sizes, log_norms) & signal_left(model, field.objective.task)
+        lost = dormant_gradient_lost(field.scales.log_sizes, log_norms) & signal_left(model, field.objective.task)
     else:
-        lost = dormant_lost(field.log_sizes, log_norms)
+        lost = dormant_lost(field.scales.log_sizes, log_norms)
     if until.end_time() is not None:
         status = Status.where(rests, until.reached, status)
     return Status.where(rests & lost, Status.below_rounding, status)
@@ -332,5 +387,5 @@ def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 def _integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps, kind: Kind) -> Integration:
     first = begin(problem, until, save)
-    found = stretch(first.clock, first.state, until, save, steps, None, kind)
-    return Integration(first, found, *conclude(first, until, found))
+    found = stretch(clock_from(problem, first), first.state, until, save, steps, None, kind)
+    return Integration(first, found, *conclude(problem, first, until, found))
