@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import law as law, manifold as manifold, saddle as saddle, staircase as staircase, tasks as tasks
+from .bottleneck import bottleneck_layers as bottleneck_layers
 from .curvature.stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
 from .flow import (
     Escape as Escape,
@@ -21,7 +22,6 @@ from .flow import (
 )
 from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
-from .law.bottleneck import bottleneck_layers as bottleneck_layers
 from .law.budget import bottleneck_for_steps as bottleneck_for_steps, scale_for_steps as scale_for_steps
 from .law.exponent import critical_exponent as critical_exponent
 from .law.predict import predict_escape as predict_escape

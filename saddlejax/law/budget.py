@@ -9,12 +9,12 @@ import scipy
 from jaxtyping import Array, PyTree
 
 from .. import _check
+from ..bottleneck import chosen_groups, scale_groups
 from ..flow import Status
 from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..saddle.order import in_double
 from ..tasks.task import Task
-from .bottleneck import chosen_groups, scale_groups
 from .predict import predicted
 
 MOST_STRIDES = 6

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import _check
+from ..bottleneck import chosen_groups
 from ..flow import Escape, Save, gradient_flow
 from ..objective import LossObjective, Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
-from .bottleneck import chosen_groups
 
 
 def critical_exponent(

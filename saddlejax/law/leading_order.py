@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from .._numerics import safe_norm
+from ..bottleneck import init_scales
 from ..curvature.sharpness import sharpness
 from ..flow import Status
 from ..networks.activations import Activation, ActivationParts
@@ -14,7 +15,6 @@ from ..networks.network import AbstractNetwork, AbstractNetworkOfParts, Weights,
 from ..objective import outputs, task_loss
 from ..saddle.origin import Tangent, pull
 from ..tasks.task import Task, zero_loss
-from .bottleneck import init_scales
 from .follow import follow, one_minus_overlap, share_of_optimum, steepest_energy
 from .prediction import LEADING_ORDER, SIGNAL_ROUNDING, EscapePrediction
 

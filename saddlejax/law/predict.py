@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
+from ..bottleneck import chosen_groups
 from ..networks.activation_class import value_at_zero
 from ..networks.activations import Activation
 from ..networks.checks import is_perceptron
@@ -19,7 +20,6 @@ from ..parameters import Trainable
 from ..saddle.order import in_widest
 from ..saddle.origin import Tangent, tangent
 from ..tasks.task import Task
-from .bottleneck import chosen_groups
 from .leading_order import predict_from_leading_order
 from .linear_loss import predict_from_linear_loss, predict_from_whole_loss
 from .prediction import EscapePrediction

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .. import _check
-from .._numerics import safe_norm
-from ..manifold.network import BlockMLP
-from ..networks.checks import check_network, is_perceptron
-from ..networks.network import AbstractNetwork, layer_norms
-from ..objective import Problem
-from ..parameters import Parameters
+from . import _check
+from ._numerics import safe_norm
+from .networks.block_mlp import BlockMLP
+from .networks.checks import check_network, is_perceptron
+from .networks.network import AbstractNetwork, layer_norms
+from .objective import Problem
+from .parameters import Parameters
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
