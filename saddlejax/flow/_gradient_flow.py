@@ -15,7 +15,7 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from .._host.threads import one_blas_thread
 from ..networks.activation_class import slope_jumps, value_at_zero
-from ..networks.mlp import AbstractNetwork
+from ..networks.network import AbstractNetwork
 from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
@@ -49,7 +49,7 @@ def gradient_flow(
     until: AbstractUntil | None = None,
     *,
     trainable: Trainable | None = None,
-    rtol: float | Array | None = None,
+    rtol: float | int | Array | None = None,
     save: Save | None = None,
     solver: dfx.AbstractERK | None = None,
     max_steps: int = 4096,

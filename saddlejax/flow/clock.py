@@ -39,7 +39,7 @@ class PlateauClock(eqx.Module):
         """The vector field `d(state)/ds`."""
         return dfx.ODETerm(velocity)
 
-    def event(self, until: AbstractUntil | None = None, rtol: float | Array = 1e-4) -> dfx.Event:
+    def event(self, until: AbstractUntil | None = None, rtol: float | int | Array = 1e-4) -> dfx.Event:
         """The end of a flow as a `diffrax.Event`, located to a hundredth of `rtol` in `s`."""
         until = checked_until(until)
         dtype = self.y0.vector.dtype

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _check
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from .field import PlateauField
 from .memory import remember
 from .state import ClockState, Memory

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from ..parameters import GroupShapes
 from .coordinates import Coordinates, to_coordinates
 from .exponential import ExponentialRosenbrock, Work

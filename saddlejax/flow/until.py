@@ -65,7 +65,7 @@ class Escape(AbstractUntil):
     reached: ClassVar[Status] = Status.escaped
     asks_for_escape: ClassVar[bool] = True
 
-    def __init__(self, loss_fraction: float | Array | None = None):
+    def __init__(self, loss_fraction: float | int | Array | None = None):
         if loss_fraction is not None:
             _check.positive_number("loss_fraction", loss_fraction)
             if _check.is_concrete(loss_fraction) and not np.all(np.asarray(loss_fraction) < 1):
@@ -98,7 +98,7 @@ class Time(AbstractUntil):
     reached: ClassVar[Status] = Status.time_reached
     asks_for_escape: ClassVar[bool] = False
 
-    def __init__(self, time: float | Array):
+    def __init__(self, time: float | int | Array):
         _check.positive_number("time", time)
         self.time = jnp.asarray(time, dtype=float)
 
@@ -126,7 +126,7 @@ class Loss(AbstractUntil):
     reached: ClassVar[Status] = Status.loss_reached
     asks_for_escape: ClassVar[bool] = False
 
-    def __init__(self, value: float | Array):
+    def __init__(self, value: float | int | Array):
         _check.finite("value", value)
         self.value = jnp.asarray(value, dtype=float)
 
