@@ -15,7 +15,7 @@ from .. import _check, plot, tasks
 from .._check import layer_indices
 from .._numerics import power_of_ten
 from ..flow import Flow, Loss, Save, Status, gradient_flow
-from ..flow._gradient_flow import KINKED_RTOL, STIFF_RTOL
+from ..flow.plan import KINKED_RTOL, STIFF_RTOL
 from ..flow.plateaus import Plateaus, interval
 from ..networks.activation_class import slope_jumps
 from ..networks.mlp import MLP

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .. import _check
-from ._gradient_flow import FlowPlan, plan_flow as plan_flow, record
+from .assemble import record
 from .integrate import (
     Begin,
     Integration,
@@ -20,6 +20,7 @@ from .integrate import (
     solve,
     summary,
 )
+from .plan import FlowPlan, plan_flow as plan_flow
 from .result import Flow
 
 

@@ -11,6 +11,7 @@ from .state import Memory
 LEAST_ERROR, LARGEST_SHARE = 30, 0.1
 LOSS_ROUNDING = 100
 RISE = 0.01
+CHANGE_OF_SIZE = 0.02
 ERROR_OF_GROUPS = 1e-3
 
 
@@ -19,11 +20,11 @@ def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.minimum(LEAST_ERROR * jnp.finfo(rtol.dtype).eps / rtol, LARGEST_SHARE)
 
 
-def nothing_yet(like: Float[Array, ""]) -> Memory:
+def nothing_yet(field: PlateauField) -> Memory:
     """The memory before the first step."""
-    zero = jnp.zeros_like(like)
+    zero = jnp.zeros_like(field.log_time_unit)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, inf, zero, zero, zero, zero)
+    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, zero)
 
 
 def remember(
@@ -36,8 +37,9 @@ def remember(
 ) -> Memory:
     """The memory after one more state, whose rate is known. Whether it is at rest is judged by its gradient alone.
 
-    `fastest` is the largest rate of decay per unit of `s`. Errors of a step along such directions make the gradient norm
-    go up and down where the gradient is small beside them, as where a bias has found its minimum.
+    A rise of the gradient norm counts where, since it was smallest, some group has changed its size, and where it is above
+    the errors of the steps along the direction that decays fastest, at a rate of `fastest` per unit of `s`: a bias that has
+    found its minimum leaves a gradient so small that errors make it go up and down.
     """
     here, moving = field.layout.split(vector).coordinates, field.layout.split(rate)
     share = cancellation(field, vector, rate)
@@ -50,8 +52,14 @@ def remember(
     log_lost = jnp.where(fallen & lost, jnp.minimum(before.log_lost, log_gradient), jnp.inf)
     lowest = jnp.minimum(before.log_lowest, log_gradient)
     ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
-    log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
-    log_errors = jnp.log(ERROR_OF_GROUPS * fastest) + jnp.max(here.log_norms()) - log_tau
+    sizes = jnp.where(log_gradient < before.log_lowest, here.log_norms(), before.log_sizes)
+    grown = jnp.where(jnp.isfinite(sizes), jnp.abs(here.log_norms() - sizes), 0)
+    rises = log_gradient > lowest + RISE
+    if not field.perceptron:
+        # What errors of the largest group along the fastest direction make of the gradient.
+        log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
+        log_errors = jnp.log(ERROR_OF_GROUPS * fastest) + jnp.max(here.log_norms()) - log_tau
+        rises = rises & (jnp.max(grown) > CHANGE_OF_SIZE) & (log_gradient > log_errors)
     rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
     after = Memory(
         share=share,
@@ -63,7 +71,8 @@ def remember(
         log_lost=log_lost,
         dormant_lost=jnp.maximum(before.dormant_lost, log_gradient > log_lost + 1),
         at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
-        rises=jnp.where((log_gradient > lowest + RISE) & (log_gradient > log_errors), 1.0, 0.0).astype(share.dtype),
+        log_sizes=sizes,
+        rises=rises.astype(share.dtype),
         unsuited=unsuited,
     )
     return jax.lax.stop_gradient(after)

@@ -1,6 +1,5 @@
 """Where the precision of the floating-point type ends: gradients that are rounding errors, weights lost beside others."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..networks.network import AbstractNetwork, preactivations
-from ..parameters import rank
 from ..tasks.task import Task
 
 GRADIENT_ROUNDING = 10
@@ -59,15 +57,14 @@ def dormant_gradient_lost(log_sizes: Float[Array, " groups"], log_norms: Float[A
     return jnp.sum(shares) - jnp.max(shares) < jnp.log(LOST_PRODUCT * jnp.finfo(shares.dtype).eps)
 
 
-def least_factor(first: np.ndarray, last: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> float:
-    """By how much larger the weights must start for their dormant parts not to be lost, from the norms of the groups.
+def least_factor(log_sizes: np.ndarray, last: np.ndarray) -> float:
+    """By how much larger the weights must start for their dormant parts not to be lost, from their sizes at the start
+    (see `dormant_log_shares`) and the norms of the groups at the end.
 
     Their product over all layers but one is then at least ten times the rounding of what has been learned.
     """
-    ranks = np.asarray([rank(shape) for shape in shapes])
-    there = (first > 0) & (last > 0)
-    shares = np.where(there, np.minimum(first / np.where(there, last, 1) / np.sqrt(ranks), 1), 1)
-    log_product = np.sum(np.log(shares)) - np.max(np.log(shares))
+    shares = np.asarray(dormant_log_shares(jnp.asarray(log_sizes), jnp.log(jnp.asarray(last))))
+    log_product = np.sum(shares) - np.max(shares)
     wanted = np.log(GRADIENT_ROUNDING * np.finfo(last.dtype).eps)
     return float(np.exp((wanted - log_product) / max(len(shares) - 1, 1)))
 

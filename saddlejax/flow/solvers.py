@@ -15,6 +15,7 @@ from .field import PlateauField
 from .memory import remember
 from .state import ClockState, Memory
 
+ROUNDING = 1e3
 STABILITY_LIMIT = 2.8
 """Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
 
@@ -94,7 +95,7 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         )
         moves = within["k"]
         rate = moves[-1] / (t1 - t0)
-        stiffness = self._stiffness(y0.vector, vector, moves)
+        stiffness = self._stiffness(y0.vector, vector, moves, args.layout.shapes.size)
         unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiffness > STABILITY_LIMIT, 1, -1), 0)
         memory = remember(y0.memory, args, vector, rate, unsuited, stiffness / (t1 - t0))
         zero = jnp.zeros_like(vector)
@@ -102,16 +103,20 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))
         return y1, wrong, {"within": within, "memory": memory}, solver_state, result
 
-    def _stiffness(self, before: Array, after: Array, moves: Array) -> Float[Array, ""]:
-        """`h ρ` from the last two stages, both at the end of the step (Hairer & Wanner, Solving ODEs II, section IV.2)."""
+    def _stiffness(self, before: Array, after: Array, moves: Array, parameters: int) -> Float[Array, ""]:
+        """`h ρ` from the last two stages, both at the end of the step (Hairer & Wanner, Solving ODEs II, section IV.2).
+
+        Of the parameters alone; zero where the two hardly differ.
+        """
         tableau = self.solver.tableau
         assert isinstance(tableau, dfx.ButcherTableau)
         if tableau.c[-2] != tableau.c[-1]:
             return jnp.zeros((), moves.dtype)
-        row = tableau.a_lower[-2]
-        other = before + jnp.tensordot(jnp.asarray(np.asarray(row), moves.dtype), moves[:-2], 1, precision="highest")
-        apart = safe_norm(after - other)
-        return safe_norm(moves[-1] - moves[-2]) / jnp.where(apart > 0, apart, 1)
+        before, after, moves = before[:parameters], after[:parameters], moves[:, :parameters]
+        row = jnp.asarray(np.asarray(tableau.a_lower[-2]), moves.dtype)
+        apart = safe_norm(after - before - jnp.matmul(row, moves[:-2], precision="highest"))
+        differ = apart > ROUNDING * jnp.finfo(moves.dtype).eps * safe_norm(after)
+        return jnp.where(differ, safe_norm(moves[-1] - moves[-2]) / jnp.where(differ, apart, 1), 0)
 
 
 def _alone(terms: dfx.AbstractTerm, like: ClockState) -> dfx.ODETerm:

@@ -58,9 +58,10 @@ class Memory(NamedTuple):
     - `log_ratio`: the largest logarithm so far of the gradient norm over what it is proportional to.
     - `log_first`, `log_highest`, `log_lowest`: logarithms of the gradient norm at the start, of the largest and of the
       smallest so far; `log_lost`: of the smallest since dormant parts were lost.
+    - `log_sizes`: logarithms of the norms of the groups where the gradient norm was smallest.
     - `dormant_lost`: one where something smaller than rounding has grown all the same.
     - `at_rest`: one where nothing but rounding moves the parameters any more.
-    - `rises`: one where the gradient norm has risen from its smallest value, by more than an error of the steps.
+    - `rises`: one where the gradient norm has risen from its smallest value, by more than errors of the steps make it.
     - `unsuited`: how many steps more than others would have paid as steps of another kind.
     """
 
@@ -71,6 +72,7 @@ class Memory(NamedTuple):
     log_highest: Float[Array, ""]
     log_lowest: Float[Array, ""]
     log_lost: Float[Array, ""]
+    log_sizes: Float[Array, " groups"]
     dormant_lost: Float[Array, ""]
     at_rest: Float[Array, ""]
     rises: Float[Array, ""]

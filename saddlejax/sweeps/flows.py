@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..flow import Escape, Loss, Save, Status, Time
-from ..flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
+from ..flow.plan import KINKED_RTOL, SMOOTH_RTOL, STIFF_RTOL
 from ..tasks.task import Task
 from .describe import describe_task, identify, random_numbers
 from .grid import Grid, argument_values
