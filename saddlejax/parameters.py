@@ -111,21 +111,26 @@ class Parameters(eqx.Module):
         return eqx.combine(jax.tree.unflatten(self.structure, list(arrays)), self.rest)
 
     def indices(self, where: Callable[[Any], Any]) -> tuple[int, ...]:
-        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in increasing order.
+        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in its order.
 
-        **Raises:** `ValueError` where it returns anything else, or nothing.
+        **Raises:** `ValueError` where it fails, or returns anything else, nothing, or an array more than once.
         """
         places = self.with_arrays([_Place(index) for index in range(len(self.arrays))])
-        found = jax.tree.leaves(where(places)) if callable(where) else [where]
+        rule = "be a function that returns parameter arrays of the model, or modules of them"
+        remedy = f"For instance lambda m: [m.{self.names[0]}]. The arrays that move are {', '.join(self.names)}."
+        try:
+            found = jax.tree.leaves(where(places)) if callable(where) else [where]
+        except Exception as error:
+            raise _check.fail("where", rule, f"one that failed ({type(error).__name__}: {error})", remedy) from error
         strange = [part for part in found if not isinstance(part, _Place)]
         if strange or not found:
             raise _check.fail(
-                "where",
-                "be a function that returns parameter arrays of the model, or modules of them",
-                f"one that returns {type(strange[0]).__name__ if strange else 'none'}",
-                f"For instance lambda m: [m.{self.names[0].lstrip('.')}]. The arrays that move are {', '.join(self.names)}.",
+                "where", rule, f"one that returns {type(strange[0]).__name__ if strange else 'none'}", remedy
             )
-        return tuple(sorted({place.index for place in found}))
+        indices = tuple(place.index for place in found)
+        if len(set(indices)) != len(indices):
+            raise _check.fail("where", "return each array once", f"one that returns {len(indices)} with repetitions")
+        return indices
 
 
 class _Place:

@@ -15,11 +15,11 @@ _EQUAL = 20.0  # e^{-40} is below the rounding of double precision
 
 
 def escape_time(
-    scale: float | Array,
+    scale: float | int | Array,
     bottleneck: Any = None,
-    speed: float | Array = 1.0,
+    speed: float | int | Array = 1.0,
     *,
-    end: float | Array = 1.0,
+    end: float | int | Array = 1.0,
     layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
 ) -> Float[Array, "..."]:
     """The time `τ` that `r` bottleneck layers of norm `ε` take to grow to `end` in a direction of speed `K`.
@@ -47,11 +47,11 @@ def escape_time(
 
 
 def log_escape_time(
-    scale: float | Array,
+    scale: float | int | Array,
     bottleneck: Any = None,
-    speed: float | Array = 1.0,
+    speed: float | int | Array = 1.0,
     *,
-    end: float | Array = 1.0,
+    end: float | int | Array = 1.0,
     layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
 ) -> Float[Array, "..."]:
     """The logarithm of [`saddlejax.escape_time`][], which stays finite where the time overflows.

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
-from ..law.bottleneck import chosen_groups
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
+from ..bottleneck import chosen_groups
 from ..objective import Problem, TaskObjective, as_problem, in_precision, outputs
 from ..parameters import Trainable
 from ..tasks.task import Task

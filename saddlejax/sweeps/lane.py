@@ -12,7 +12,8 @@ from ..flow._gradient_flow import FlowPlan
 from ..flow.chunks import advance, begin, finish, plan_flow
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
-from ..networks.mlp import MLP, Weights
+from ..networks.mlp import MLP
+from ..networks.network import Weights
 from ..tasks.task import Task
 from .measures import Variable, measured
 from .refill import Resumable

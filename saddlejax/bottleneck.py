@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .. import _check
-from ..manifold.network import BlockMLP
-from ..networks.mlp import AbstractNetwork, check_network, is_perceptron, layer_norms, safe_norm
-from ..objective import Problem
-from ..parameters import Parameters
+from . import _check
+from ._numerics import safe_norm
+from .networks.block_mlp import BlockMLP
+from .networks.checks import check_network, is_perceptron
+from .networks.network import AbstractNetwork, layer_norms
+from .objective import Problem
+from .parameters import Parameters
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
@@ -90,7 +92,7 @@ def chosen_groups(
     if where is not None:
         if layers is not None:
             raise _check.fail("where", "be left out where layers are given", "given as well")
-        return parameters.indices(where)
+        return tuple(sorted(parameters.indices(where)))
     model = parameters.model
     if isinstance(model, AbstractNetwork) and is_perceptron(model) and len(parameters.arrays) == model.depth:
         return chosen_layers(model, layers)
@@ -104,7 +106,7 @@ def chosen_groups(
     return tuple(range(len(parameters.arrays)))
 
 
-def scale_groups(problem: Problem, log_factor: float | Array, small: tuple[int, ...]) -> Problem:
+def scale_groups(problem: Problem, log_factor: float | int | Array, small: tuple[int, ...]) -> Problem:
     """The problem with the small groups multiplied by `exp(log_factor)`."""
     arrays = problem.parameters.arrays
     scaled = tuple(a * jnp.exp(log_factor) if group in small else a for group, a in enumerate(arrays))
