@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import saddlejax as sj
 from saddlejax.cli import app
+from saddlejax.sweeps.lane import ATTEMPTS
 from saddlejax.sweeps.measures import Variable
 from saddlejax.sweeps.problem import blank, common_output, record
 from saddlejax.sweeps.refill import Resumable, refilled_map
@@ -83,6 +84,9 @@ def test_the_dataset_is_ready_to_use(results):
     assert len(results.to_dataframe()) > 0
 
 
+REPEATED = {"gradient_evaluations": 6, "hessian_vector_products": 1}  # of an attempt with Tsit5
+
+
 def test_a_refilled_batch_equals_one_lane_after_another(results):
     batched = sj.sweep(
         TASK, **{**GRID, "activation": "tanh", "depth": [2, 3, 4]}, measure={"top": top_singular_values}, batch=3
@@ -91,6 +95,9 @@ def test_a_refilled_batch_equals_one_lane_after_another(results):
     for name in one_by_one.data_vars:
         if name == "status":
             assert (batched.status == one_by_one.status).all()
+        elif name in REPEATED:  # the last chunk of a flow is taken once more, to locate its end
+            more = (batched[name] - one_by_one[name]).values[(one_by_one.status == "escaped").values]
+            assert more.min() >= 0 and more.max() <= ATTEMPTS * REPEATED[name]
         else:
             np.testing.assert_allclose(batched[name], one_by_one[name], rtol=1e-8, atol=1e-8, err_msg=name)
 

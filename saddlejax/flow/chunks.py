@@ -15,6 +15,7 @@ from .integrate import (
     begin as start,
     clock_from,
     conclude,
+    controller_of,
     place_after,
     place_of,
     solve,
@@ -51,8 +52,13 @@ def begin(plan: FlowPlan) -> FlowInChunks:
     if plan.save.steps or plan.save.times is not None:
         raise _check.fail("save", "keep the first and the last row only in a batch", "one that keeps more")
     first = start(plan.problem, plan.until, plan.save)
-    nothing = solve(clock_from(plan.problem, first), place_of(first.state), *plan[1:], "lax", attempts=0, locate=False)
-    place, zero = place_after(nothing), jnp.asarray(0)
+    clock, zero = clock_from(plan.problem, first), jnp.asarray(0)
+    at, state = place_of(first.state)[:2]
+    # What diffrax does before the first step, without compiling a solve for it.
+    solver, controller = plan.steps.solver("lax"), controller_of(plan.steps, plan.until)
+    order = solver.error_order(clock.term)
+    after, step = controller.init(clock.term, at, jnp.inf, state, None, clock.args, solver.func, order)
+    place = Place(at, state, solver.init(clock.term, at, after, state, clock.args), step)
     return FlowInChunks(first, place, place, zero, zero, zero, zero, jnp.asarray(True))
 
 

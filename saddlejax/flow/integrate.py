@@ -188,7 +188,7 @@ def solve(
         size if place.step is None else place.step.size,
         place.state,
         args=clock.args,
-        stepsize_controller=_controller(steps, until),
+        stepsize_controller=controller_of(steps, until),
         event=event if locate else dfx.Event(event.cond_fn, direction=True),
         saveat=dfx.SaveAt(subs=saved, solver_state=True, controller_state=True),
         adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
@@ -199,7 +199,7 @@ def solve(
     )
 
 
-def _controller(steps: Steps, until: AbstractUntil) -> EndingController:
+def controller_of(steps: Steps, until: AbstractUntil) -> EndingController:
     return EndingController(steps.controller, steps.patience, until.uses_curvature)
 
 
@@ -261,7 +261,7 @@ def summary(
         last=last,
         rows=rows,
         row_steps=row_steps,
-        ends=_controller(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask)),
+        ends=controller_of(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask)),
         stuck=solution.result == dfx.RESULTS.dt_min_reached,
         accepted=accepted,
         attempts=attempts,

@@ -2,14 +2,14 @@
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 from ..flow import Flow, Save, gradient_flow
-from ..flow.chunks import FlowInChunks, FlowPlan, advance, begin, finish, plan_flow
+from ..flow._gradient_flow import FlowPlan
+from ..flow.chunks import advance, begin, finish, plan_flow
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
 from ..networks.mlp import MLP
@@ -88,26 +88,13 @@ def flow_in_chunks(structure: Structure, common: Common) -> Resumable:
         net = MLP.from_weights(initial_weights(structure.sizes, structure.dtype, lane), structure.activation)
         return plan_flow(net, task, common.until, **_options(structure, common, lane.rtol))
 
-    def own(flow: FlowInChunks) -> FlowInChunks:
-        """The flow without its problem, so that no slot of a batch has to hold the data."""
-        return eqx.tree_at(_problem_of, flow, (None, None))
-
-    def whole(plan: FlowPlan, flow: FlowInChunks) -> FlowInChunks:
-        problem = (plan.problem.parameters, plan.problem.objective)
-        return eqx.tree_at(_problem_of, flow, problem, is_leaf=lambda leaf: leaf is None)
-
     return Resumable(
         plan=plan,
-        begin=lambda plan: own(begin(plan)),
-        advance=lambda plan, flow: own(advance(plan, whole(plan, flow), ATTEMPTS)),
+        begin=begin,
+        advance=lambda plan, flow: advance(plan, flow, ATTEMPTS),
         running=lambda flow: flow.runs,
-        finish=lambda plan, flow: measure_flow(structure, finish(plan, whole(plan, flow), ATTEMPTS)),
+        finish=lambda plan, flow: measure_flow(structure, finish(plan, flow, ATTEMPTS)),
     )
-
-
-def _problem_of(flow: FlowInChunks) -> tuple[PyTree, PyTree]:
-    field = flow.first.clock.args
-    return field.parameters, field.objective
 
 
 def _options(structure: Structure, common: Common, rtol: Float[Array, ""]) -> dict[str, Any]:
