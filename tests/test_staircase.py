@@ -63,7 +63,7 @@ def test_krylov_space_gives_functions_of_a_matrix_and_owns_up_to_what_is_left():
         assert int(applied.used) == int(space.used)
         np.testing.assert_allclose(applied.results, space.apply(*functions), atol=1e-10)
         np.testing.assert_allclose(applied.error, space.error, atol=1e-10)
-        assert float(applied.largest) <= 0
+        assert float(applied.extremes[1]) <= 0
 
 
 def test_solver_in_diffrax_has_order_four_counts_its_work_and_interpolates():

@@ -213,7 +213,7 @@ def plateaus(
     jacobians = None
     if isinstance(task, Task) and flow.weights is not None:
         jacobians = partial(_jacobian_values, task=task)
-        scale = np.asarray(jacobians(at(known[-1]))).max()
+        scale = np.asarray(jacobians(at(int(known[-1])))).max()
     bottoms, heights = _bottoms(slopes)
     bottoms, heights = _left_for_good(bottoms, heights, log_times, losses, slopes)
     stretches = itertools.pairwise([*bottoms, len(known)])
