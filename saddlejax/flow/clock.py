@@ -114,5 +114,6 @@ def plateau_clock(
 def clock_of(problem: Problem) -> PlateauClock:
     """The plateau clock of a problem that is checked already."""
     field, vector, rate = start(problem)
-    memory = remember(nothing_yet(field.log_time_unit), field, vector, rate)
+    nothing = nothing_yet(field.log_time_unit)
+    memory = remember(nothing, field, vector, rate, nothing.unsuited, nothing.unsuited)
     return PlateauClock(field, ClockState.unknown(vector, memory), rate)

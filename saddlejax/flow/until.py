@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from .field import PlateauField
+from .field import PlateauField, known
 from .state import ClockState
 from .status import Status
 
@@ -79,7 +79,10 @@ class Escape(AbstractUntil):
 
     def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
         if self.loss_fraction is None:
-            return -field.growth(state)
+            growth = field.growth(state)
+            # A maximum after no rise is one of errors. What is remembered does not tell for steps of other solvers.
+            counts = ~known(state) | (state.memory.rises > 0)
+            return jnp.where(counts, -growth, -jnp.abs(growth))
         return self.loss_fraction * field.plateau - field.loss(state)
 
     def describe(self) -> str:
