@@ -193,10 +193,9 @@ def _modules(parts: list[Any]) -> list[Any]:
     for part in parts:
         if isinstance(part, eqx.Module):
             found.append(part)
-            inner = jax.tree.leaves(
-                part, is_leaf=lambda leaf, here=part: isinstance(leaf, eqx.Module) and leaf is not here
+            found += _modules(
+                jax.tree.leaves(list(vars(part).values()), is_leaf=lambda leaf: isinstance(leaf, eqx.Module))
             )
-            found += _modules([leaf for leaf in inner if leaf is not part])
     return found
 
 
@@ -214,5 +213,5 @@ def _check_loss(objective: AbstractObjective, parameters: Parameters) -> None:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape != ():
         raise _check.fail("loss", "return a scalar", f"a function that returns {shape or type(value).__name__}")
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise _check.fail("loss", "return a real number", f"a function that returns {dtype}")

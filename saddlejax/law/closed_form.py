@@ -1,6 +1,5 @@
 """The escape-time law with its prefactor, in closed form (Rawal & DeWeese, arXiv:2605.01288)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
+from .._numerics import Numbers
 
 _PANELS, _NODES = 128, 8
 _EQUAL = 20.0  # e^{-40} is below the rounding of double precision
@@ -20,7 +20,7 @@ def escape_time(
     speed: float | int | Array = 1.0,
     *,
     end: float | int | Array = 1.0,
-    layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
+    layer_norms: Numbers | None = None,
 ) -> Float[Array, "..."]:
     """The time `τ` that `r` bottleneck layers of norm `ε` take to grow to `end` in a direction of speed `K`.
 
@@ -52,7 +52,7 @@ def log_escape_time(
     speed: float | int | Array = 1.0,
     *,
     end: float | int | Array = 1.0,
-    layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
+    layer_norms: Numbers | None = None,
 ) -> Float[Array, "..."]:
     """The logarithm of [`saddlejax.escape_time`][], which stays finite where the time overflows.
 
@@ -99,7 +99,7 @@ def _log(values: Any) -> Array:
     return jnp.log(jnp.asarray(values, float))
 
 
-def _log_norms(layer_norms: Sequence[float] | Array, bottleneck: int | None) -> Float[Array, " bottleneck"]:
+def _log_norms(layer_norms: Numbers, bottleneck: int | None) -> Float[Array, " bottleneck"]:
     _check.positive_number("layer_norms", layer_norms)
     shape = np.shape(layer_norms)
     if len(shape) != 1 or shape[0] == 0:

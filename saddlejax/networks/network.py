@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._numerics import safe_norm
@@ -49,7 +50,7 @@ class AbstractNetwork(eqx.Module):
         """The output `f(x)` for one sample."""
         return preactivations(self, x)[-1]
 
-    def with_weights(self: "Net", weights: Sequence[Array]) -> "Net":
+    def with_weights(self: "Net", weights: Sequence[Array | np.ndarray]) -> "Net":
         """The same network with other weights."""
         return eqx.tree_at(lambda net: net.weights, self, tuple(weights))
 

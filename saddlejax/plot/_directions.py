@@ -17,7 +17,9 @@ from ._style import COLOURS, DASHES, GREY, MARKERS, quiet
 LOGARITHMIC_BELOW = 1e-2
 
 
-def singular_values(best: EscapeDirection | AbstractNetwork | Sequence[Array], ax: Axes | None = None) -> Axes:
+def singular_values(
+    best: EscapeDirection | AbstractNetwork | Sequence[Array | np.ndarray], ax: Axes | None = None
+) -> Axes:
     """The singular values of every layer but its largest, relative to that, with the line `l^{−1/4}`.
 
     In the optimal escape direction of a deep ReLU network all of `σ_i/σ_1`, `i ≥ 2`, lie on or below that line, that is
@@ -76,7 +78,9 @@ def speeds(directions: Sequence[EscapeDirection], ax: Axes | None = None) -> Axe
     return ax
 
 
-def directions(found: Sequence[EscapeDirection], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+def directions(
+    found: Sequence[EscapeDirection], axes: Sequence[Axes] | np.ndarray | None = None
+) -> Sequence[Axes] | np.ndarray:
     """Escape directions over depth: their speeds, and the singular values of the deepest one.
 
     **Arguments:** `found`, one escape direction a depth; `axes`, two of them, made anew by default.

@@ -14,7 +14,7 @@ from .merge import merge
 from .origin import tangent
 
 
-def layer_cosines(net: AbstractNetwork, direction: Sequence[Array]) -> Float[Array, " layers"]:
+def layer_cosines(net: AbstractNetwork, direction: Sequence[Array | np.ndarray]) -> Float[Array, " layers"]:
     """The cosine between `W_l` and `ρ̃_l` for every layer, shape `(L,)`; `ρ̃` is a direction as good as `ρ`.
 
     Permuting hidden neurons, or splitting one into several parallel ones, changes neither the function nor the speed of a

@@ -35,7 +35,9 @@ def unit_layers(weights: Weights) -> Weights:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def random_starts(sizes: tuple[int, ...], starts: int, key: PRNGKeyArray, dtype: jnp.dtype) -> Weights:
+def random_starts(
+    sizes: tuple[int, ...], starts: int, key: PRNGKeyArray, dtype: jnp.dtype
+) -> tuple[Float[Array, "starts _ _"], ...]:
     """Gaussian layers of unit norm, a leading axis of starts."""
 
     def one(key: PRNGKeyArray) -> Weights:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
@@ -12,7 +13,7 @@ from ..networks.checks import check_network, check_weights
 from ..networks.network import AbstractNetwork, Weights
 
 
-def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
+def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array | np.ndarray]) -> Weights:
     """The matrices of a network, or of a sequence of them."""
     if isinstance(weights_or_net, AbstractNetwork):
         check_network(weights_or_net, "weights_or_net")
@@ -29,7 +30,7 @@ def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:
     return weights
 
 
-def singular_values(weights_or_net: AbstractNetwork | Sequence[Array]) -> tuple[Float[Array, " _"], ...]:
+def singular_values(weights_or_net: AbstractNetwork | Sequence[Array | np.ndarray]) -> tuple[Float[Array, " _"], ...]:
     """The singular values of every layer, largest first: one array of `min(fan_out, fan_in)` a layer.
 
     **Arguments:** `weights_or_net`, a network or its matrices, first layer first.
@@ -37,7 +38,7 @@ def singular_values(weights_or_net: AbstractNetwork | Sequence[Array]) -> tuple[
     return tuple(jnp.linalg.svd(w, compute_uv=False) for w in matrices_of(weights_or_net))
 
 
-def low_rank_margin(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Array, " layers"]:
+def low_rank_margin(weights_or_net: AbstractNetwork | Sequence[Array | np.ndarray]) -> Float[Array, " layers"]:
     """`(σ_1/σ_2) / l^{1/4}` for the layers `l = 1 … L`, shape `(L,)`.
 
     In the optimal escape direction of a deep ReLU network `σ_1(W_l)/σ_i(W_l) ≥ l^{1/4}` for `i ≥ 2` (Bantzis, Simon &
@@ -54,7 +55,7 @@ def low_rank_margin(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[
     )
 
 
-def stable_rank(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Array, " layers"]:
+def stable_rank(weights_or_net: AbstractNetwork | Sequence[Array | np.ndarray]) -> Float[Array, " layers"]:
     """`‖W_l‖_F² / ‖W_l‖_op²` of every layer, shape `(L,)`: one for rank one, never above the rank, zero for zeros.
 
     **Arguments:** `weights_or_net`, a network or its matrices.
@@ -63,7 +64,7 @@ def stable_rank(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Arra
     return jnp.stack([jnp.sum(jnp.square(values)) for values in relative])
 
 
-def rank_one_excess(weights_or_net: AbstractNetwork | Sequence[Array]) -> Float[Array, " layers"]:
+def rank_one_excess(weights_or_net: AbstractNetwork | Sequence[Array | np.ndarray]) -> Float[Array, " layers"]:
     """`Σ_{i≥2} σ_i² / Σ_i σ_i²` of every layer, shape `(L,)`: the share of the squared norm beyond rank one.
 
     It is zero for a layer of rank one, and for one of zeros.
