@@ -133,7 +133,7 @@ def test_nothing_is_compiled_where_only_values_change():
 
     def listen(event, duration, **kwargs):
         if event.endswith("jaxpr_to_mlir_module_duration"):
-            compiled.append(event)
+            compiled.append(kwargs.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     model = eqx.nn.MLP(10, 1, 8, 2, jnp.tanh, use_bias=False, use_final_bias=False, key=jax.random.key(3))
@@ -151,7 +151,7 @@ def test_nothing_is_compiled_where_only_values_change():
     assert first > 0
     for values in ((1e-3, 1.0, 1e-4, 0.5), (1e-3, 2.0, 1e-4, 0.5), (1e-3, 2.0, 1e-3, 0.6)):
         run(*values)
-    assert len(compiled) == first
+    assert compiled[first:] == []
 
 
 def test_bad_parts_are_named():
