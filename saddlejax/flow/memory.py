@@ -12,6 +12,7 @@ LEAST_ERROR, LARGEST_SHARE = 30, 0.1
 LOSS_ROUNDING = 100
 RISE = 0.01
 ERROR_OF_GROUPS = 1e-3
+NEAR_SADDLE = 0.75
 
 
 def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
@@ -23,7 +24,7 @@ def nothing_yet(like: Float[Array, ""]) -> Memory:
     """The memory before the first step."""
     zero = jnp.zeros_like(like)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, inf, zero, zero, zero, zero)
+    return Memory(one, one, -inf, -inf, -inf, -inf, inf, inf, zero, zero, zero, zero)
 
 
 def remember(
@@ -51,12 +52,14 @@ def remember(
     lowest = jnp.minimum(before.log_lowest, log_gradient)
     ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
     log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
-    log_errors = jnp.log(ERROR_OF_GROUPS * fastest) + jnp.max(here.log_norms()) - log_tau
+    curvature = jnp.maximum(before.log_curvature, jnp.where(fastest > 0, jnp.log(fastest) - log_tau, -jnp.inf))
+    log_errors = jnp.log(ERROR_OF_GROUPS) + curvature + jnp.max(here.log_norms())
     rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
     after = Memory(
         share=share,
         least_share=jnp.minimum(before.least_share, share),
         log_ratio=ratio,
+        log_curvature=curvature,
         log_first=jnp.where(jnp.isneginf(before.log_first), log_gradient, before.log_first),
         log_highest=highest,
         log_lowest=lowest,
@@ -91,9 +94,13 @@ def cancellation(field: PlateauField, vector: Float[Array, " state"], rate: Floa
     along = here.joined / jnp.where(moves, first, 1) + velocity / jnp.where(moves, second, 1)
     weights = jnp.where(there, rates / jnp.where(there, squares, 1), 0)
     distance = jnp.sqrt(0.5 * jnp.sum(weights * shapes.inner(along, along)))
-    # Where the loss has fallen, the groups shrink towards a minimum.
+    rates_of_size = jnp.where(there, radial / jnp.where(there, jnp.exp(2 * here.log_units) * squares, 1), 0)
+    together = jnp.sum(rates_of_size <= 0.5 * jnp.min(rates_of_size)) > 1
+    # Where the loss has fallen, the groups shrink towards a minimum. So they do where the outputs of a perceptron are too
+    # large: with `u` for their share of the targets, `𝓛 − 𝓛(0) = (½u² − u)C` is less than `⟨θ, ∇𝓛⟩/L = (u² − u)C`.
     rounding = LOSS_ROUNDING * jnp.finfo(distance.dtype).eps * jnp.abs(field.plateau)
-    above = moving.loss >= field.plateau - rounding
-    together = jnp.sum(radial <= 0.5 * jnp.min(radial)) > 1
+    log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
+    outward = -jnp.sum(radial) * jnp.exp(-log_tau) / len(rates) if field.perceptron else 0
+    above = moving.loss >= field.plateau + NEAR_SADDLE * outward - rounding
     counts = moves & above & together & (jnp.sum(radial) < 0)
     return jnp.where(counts, jnp.minimum(distance, 1), 1)

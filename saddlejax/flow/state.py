@@ -56,6 +56,7 @@ class Memory(NamedTuple):
     - `share`: how small a part of the parameters the error must be small beside, one unless they nearly cancel.
     - `least_share`: the smallest of these so far.
     - `log_ratio`: the largest logarithm so far of the gradient norm over what it is proportional to.
+    - `log_curvature`: the logarithm of the largest rate of decay so far, per unit of `t`.
     - `log_first`, `log_highest`, `log_lowest`: logarithms of the gradient norm at the start, of the largest and of the
       smallest so far; `log_lost`: of the smallest since dormant parts were lost.
     - `dormant_lost`: one where something smaller than rounding has grown all the same.
@@ -67,6 +68,7 @@ class Memory(NamedTuple):
     share: Float[Array, ""]
     least_share: Float[Array, ""]
     log_ratio: Float[Array, ""]
+    log_curvature: Float[Array, ""]
     log_first: Float[Array, ""]
     log_highest: Float[Array, ""]
     log_lowest: Float[Array, ""]
