@@ -106,6 +106,22 @@ def test_biases_that_relax_neither_change_the_exponent_nor_cost_much(model):
 # Against other computations
 
 
+def test_a_group_of_one_number_passes_through_zero_in_closed_form():
+    # 𝓛 = ½(b − 1)² + ½·4 Σ(w − 2)²: b = 1 − 2e^{−t} changes its sign at log 2, w = 2 − 1.9 e^{−4t}.
+    model = Arrays(jnp.array([-1.0]), jnp.array([0.1, 0.1]))
+    times = jnp.array([0.3, 0.69, 0.7, 2.0])
+    flow = sj.gradient_flow(
+        model,
+        lambda m: 0.5 * jnp.sum((m.u - 1) ** 2) + 2 * jnp.sum((m.v - 2) ** 2),
+        sj.Time(2.5),
+        rtol=1e-7,
+        save=sj.Save(times=times, weights=True),
+    )
+    np.testing.assert_allclose(flow.weights[0][:, 0], 1 - 2 * jnp.exp(-times), atol=1e-6)
+    np.testing.assert_allclose(flow.weights[1][:, 0], 2 - 1.9 * jnp.exp(-4 * times), rtol=1e-6)
+    assert int(flow.stats["steps"]) < 300
+
+
 def test_a_perceptron_in_another_guise_takes_the_same_steps():
     net = sj.MLP.from_weights([layer.weight for layer in scaled(PLAIN, 1e-2).layers], "tanh")
     flow, known = sj.gradient_flow(scaled(PLAIN, 1e-2), TASK), sj.gradient_flow(net, TASK)
