@@ -82,6 +82,7 @@ def test_states_at_values_of_s_lie_on_the_flow():
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [dfx.Tsit5(), sj.PlateauSolver()], ids=["Tsit5", "PlateauSolver"])
 def test_derivatives_in_both_modes_are_the_exponent(solver):
     def escape(log_scale, adjoint):
