@@ -38,9 +38,9 @@ def fail(argument: str, rule: str, got: Any, remedy: str = "") -> ValueError:
 
 
 def warn(text: str) -> None:
-    """Warn at the line of the caller's code, outside of this package, that led here."""
+    """Warn at the line of the caller's code, outside of this package and of run-time checks of its types, that led here."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "jaxtyping"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
 

@@ -56,6 +56,7 @@ class PlateauClock(eqx.Module):
         """The model at a state."""
         return self.args.model(y)
 
+    @eqx.filter_jit
     def loss(self, y: ClockState) -> Float[Array, ""]:
         """The loss at a state."""
         return self.args.loss(y)
@@ -111,6 +112,7 @@ def plateau_clock(
     return clock_of(as_problem(model, task, trainable))
 
 
+@eqx.filter_jit
 def clock_of(problem: Problem) -> PlateauClock:
     """The plateau clock of a problem that is checked already."""
     field, vector, rate = start(problem)

@@ -111,7 +111,8 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
         scale = jnp.maximum(jnp.abs(before), jnp.sqrt(jnp.abs(before * args.plateau)))
         rounding = LOSS_ROUNDING * jnp.finfo(rtol.dtype).eps * scale
         failed = ~(jnp.isfinite(scaled) & jnp.all(jnp.isfinite(y1.vector)) & (loss <= before + rounding))
-        accepted = ((scaled <= 1) | (size <= min_step)) & ~failed
+        # The size as it was chosen: that between `t0` and `t1` is rounded.
+        accepted = ((scaled <= 1) | (controller_state.size <= min_step)) & ~failed
         longest = self.longest_step
         if longest is None:
             longest = jnp.inf if self.to_escape else 0.5

@@ -56,10 +56,16 @@ class Coordinates(eqx.Module):
     def along(self, velocity: Float[Array, " parameters"]) -> "Coordinates":
         """The rates of the coordinates for such velocities: the units grow as their groups do.
 
-        A group that starts from zero has no rate of growth yet; its unit grows less until the group has reached it.
+        A group that starts from zero has no rate of growth yet; its unit grows less until the group has reached it. Where
+        one group shrinks faster than all the others together its unit follows less: it may be about to pass through zero,
+        where a unit that followed would make the clock stand still.
         """
         shapes, here = self.shapes, self.joined
         growth = shapes.inner(here, velocity) / jnp.maximum(shapes.inner(here, here), 1)
+        if growth.size > 1:
+            speeds = shapes.inner(velocity, velocity)
+            together = jnp.minimum((jnp.sum(speeds) - speeds) / jnp.where(speeds > 0, speeds, 1), 1)
+            growth = jnp.where(growth < 0, together * growth, growth)
         turning = shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, here)
         return Coordinates(turning, growth, shapes)
 

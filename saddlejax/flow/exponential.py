@@ -123,21 +123,21 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
     def __check_init__(self) -> None:
         _check.whole_number("krylov_size", self.krylov_size)
 
-    def order(self, terms: dfx.ODETerm) -> int:
+    def order(self, terms: dfx.AbstractTerm) -> int:
         """Four; the error estimate is that of a method of order three."""
         return 4
 
-    def init(self, terms: dfx.ODETerm, t0: Any, t1: Any, y0: PyTree, args: Any) -> Work:
+    def init(self, terms: dfx.AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any) -> Work:
         """No work yet."""
         return Work(jnp.asarray(0), jnp.asarray(0))
 
-    def func(self, terms: dfx.ODETerm, t0: Any, y0: PyTree, args: Any) -> PyTree:
+    def func(self, terms: dfx.AbstractTerm, t0: Any, y0: PyTree, args: Any) -> PyTree:
         """The vector field."""
         return terms.vf(t0, y0, args)
 
     def step(
         self,
-        terms: dfx.ODETerm,
+        terms: dfx.AbstractTerm,
         t0: Any,
         t1: Any,
         y0: PyTree,

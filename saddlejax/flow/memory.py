@@ -13,6 +13,7 @@ LOSS_ROUNDING = 100
 RISE = 0.01
 CHANGE_OF_SIZE = 0.02
 ERROR_OF_GROUPS = 1e-3
+NEAR_SADDLE = 0.75
 
 
 def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
@@ -100,9 +101,13 @@ def cancellation(field: PlateauField, vector: Float[Array, " state"], rate: Floa
     along = here.joined / jnp.where(moves, first, 1) + velocity / jnp.where(moves, second, 1)
     weights = jnp.where(there, rates / jnp.where(there, squares, 1), 0)
     distance = jnp.sqrt(0.5 * jnp.sum(weights * shapes.inner(along, along)))
-    # Where the loss has fallen, the groups shrink towards a minimum.
+    rates_of_size = jnp.where(there, radial / jnp.where(there, jnp.exp(2 * here.log_units) * squares, 1), 0)
+    together = jnp.sum(rates_of_size <= 0.5 * jnp.min(rates_of_size)) > 1
+    # Where the loss has fallen, the groups shrink towards a minimum. So they do where the outputs of a perceptron are too
+    # large: with `u` for their share of the targets, `𝓛 − 𝓛(0) = (½u² − u)C` is less than `⟨θ, ∇𝓛⟩/L = (u² − u)C`.
     rounding = LOSS_ROUNDING * jnp.finfo(distance.dtype).eps * jnp.abs(field.plateau)
-    above = moving.loss >= field.plateau - rounding
-    together = jnp.sum(radial <= 0.5 * jnp.min(radial)) > 1
+    log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
+    outward = -jnp.sum(radial) * jnp.exp(-log_tau) / len(rates) if field.perceptron else 0
+    above = moving.loss >= field.plateau + NEAR_SADDLE * outward - rounding
     counts = moves & above & together & (jnp.sum(radial) < 0)
     return jnp.where(counts, jnp.minimum(distance, 1), 1)

@@ -1,5 +1,6 @@
 """What is kept along a flow: functions of the state, one row an accepted step or a time asked for."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -32,7 +33,12 @@ class Save(eqx.Module):
     weights: bool = eqx.field(static=True)
 
     def __init__(
-        self, times: Array | None = None, *, steps: bool = True, singular_values: bool = True, weights: bool = False
+        self,
+        times: Array | np.ndarray | Sequence[float | int] | None = None,
+        *,
+        steps: bool = True,
+        singular_values: bool = True,
+        weights: bool = False,
     ):
         if times is not None:
             if np.ndim(times) != 1 or np.size(times) == 0:

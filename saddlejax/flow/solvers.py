@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import diffrax as dfx
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -68,6 +69,13 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         """The states within a step."""
         return partial(_interpolate, self.solver.interpolation_cls)
 
+    @property
+    def _inner(self) -> dfx.AbstractERK:
+        """The solver inside; derivatives in both modes go through its loop over stages, as diffrax has it for its own."""
+        if self.solver.scan_kind is not None:
+            return self.solver
+        return eqx.tree_at(lambda s: s.scan_kind, self.solver, "bounded", is_leaf=lambda leaf: leaf is None)
+
     def gradients(self, attempts: Int[Array, ""]) -> Int[Array, ""]:
         """The gradients that so many attempted steps take: the first one needs one more than the others."""
         tableau = self.solver.tableau
@@ -80,7 +88,7 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField) -> PyTree:
         """The state of the solver."""
-        return self.solver.init(_alone(terms, y0), t0, t1, y0.vector, args)
+        return self._inner.init(_alone(terms, y0), t0, t1, y0.vector, args)
 
     def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
         """The vector field."""
@@ -90,7 +98,7 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField, solver_state: PyTree, made_jump: Any
     ) -> tuple[ClockState, ClockState, dict[str, Any], PyTree, Any]:
         """One step from `t0` to `t1`."""
-        vector, error, within, solver_state, result = self.solver.step(
+        vector, error, within, solver_state, result = self._inner.step(
             _alone(terms, y0), t0, t1, y0.vector, args, solver_state, made_jump
         )
         moves = within["k"]
