@@ -13,7 +13,7 @@ from ..objective import Problem, TaskObjective, outputs
 _SMALL, _SMALLER = 1e-4, 1e-5  # scales between which the power of a term is read off
 _PROBES = 4
 _STEPS, _PRODUCTS, _HALVINGS = 30, 200, 20
-_STATIONARY = 100  # machine epsilons
+_ROUNDING = 1e-10
 
 
 def own_terms(problem: Problem, units: dict[int, Array]) -> Float[Array, " groups"]:
@@ -69,7 +69,7 @@ def relaxed(
 ) -> tuple[tuple[Array, ...], Float[Array, ""]]:
     """All groups with the small ones at zero and the moving ones at the minimum of the loss, and what is left there.
 
-    **Returns:** the groups, and the norm of the gradient over the largest of those where they are zero and at unit norm.
+    **Returns:** the groups, and the norm of the gradient over that at the start.
     """
     arrays = problem.parameters.arrays
     start = tuple(jnp.zeros_like(a) if group in units else a for group, a in enumerate(arrays))
@@ -79,11 +79,10 @@ def relaxed(
     point = jax.lax.cond(
         jnp.any(moving > 0), lambda: _minimise(lambda v: problem.loss(restore(v)), first, mask), lambda: first
     )
-    # Where the groups start at their minimum already, as biases of centred targets do, the gradient there is rounding alone.
-    away, _ = ravel_pytree(tuple(units.get(group, jnp.zeros_like(a)) for group, a in enumerate(arrays)))
     left, before = safe_norm(mask * slope(point)), safe_norm(mask * slope(first))
-    before = jnp.maximum(before, safe_norm(mask * slope(first + mask * away)))
-    return restore(point), jnp.where(left > 0, left / jnp.where(before > 0, before, 1), 0)
+    # Groups that are at their minimum from the start have a gradient of rounding only.
+    moved = before > _ROUNDING * jnp.sqrt(jnp.abs(problem.loss(start)))
+    return restore(point), jnp.where(moved, left / jnp.where(moved, before, 1), 0)
 
 
 def _minimise(cost: Callable[[Array], Array], first: Array, mask: Array) -> Array:
