@@ -106,7 +106,7 @@ assert abs(step * rate / flow.escape_time - 1) < 0.05
 
 # %% [markdown]
 # ## Other optimisers
-# Momentum 0.9 moves nearly ten times as fast along the plateau. Adam rescales the gradient and hardly waits: its steps cover the more
+# Momentum 0.9 moves nearly ten times as fast along the plateau, once it has gathered. Adam rescales the gradient and hardly waits: its steps cover the more
 # flow time the smaller the gradient is, most of the plateau in the first few. When does each come to the loss at the escape of the flow?
 
 # %%
@@ -124,7 +124,7 @@ for number, (name, run) in enumerate(runs):
     )
 ax.axvline(1000, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
 ax.annotate(
-    "predicted", (980, 0.95), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
+    "predicted", (940, 0.7), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color="0.35"
 )
 ax.set(xscale="log", xlabel="step", ylabel=r"loss $\mathcal{L}$")
 ax.legend(frameon=False, loc="lower left")
