@@ -98,7 +98,13 @@ def test_site_builds_and_its_links_resolve(tmp_path):
     names = [name for name, value in vars(sj).items() if not name.startswith("_") and callable(value)]
     reference = "".join(text for page, text in pages.items() if "reference" in page.parts)
     # What users subclass or are given, as docs/extending.md says, is there too.
-    names += ["networks.AbstractNetwork", "flow.until.AbstractUntil", "flow.clock.PlateauField", "flow.state.FlowState"]
+    names += [
+        "networks.AbstractNetwork",
+        "flow.until.AbstractUntil",
+        "flow.field.PlateauField",
+        "flow.state.ClockState",
+    ]
+    names += ["flow.stiff_solver.StiffPlateauSolver", "saddle.SaddleOrder", "parameters.Parameters"]
     assert "gradient_flow" in names and [name for name in names if f'id="saddlejax.{name}"' not in reference] == []
     # Formulas are MathML by now, TeX and all: no script draws them.
     for page, text in pages.items():
