@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import _check
 from .networks.checks import is_perceptron
+from .networks.scaling import picked
 
 Trainable = Callable[[Any], bool] | PyTree
 """Which arrays of a model move: a filter as of `equinox.partition`, a function of a leaf or a tree of truth values."""
@@ -113,23 +114,23 @@ class Parameters(eqx.Module):
     def indices(self, where: Callable[[Any], Any]) -> tuple[int, ...]:
         """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in increasing order.
 
-        **Raises:** `ValueError` where it returns anything else, or nothing.
+        **Raises:** `ValueError` where it returns anything else, or nothing, or arrays that do not move.
         """
-        places = self.with_arrays([_Place(index) for index in range(len(self.arrays))])
-        found = jax.tree.leaves(where(places)) if callable(where) else [where]
-        strange = [part for part in found if not isinstance(part, _Place)]
-        if strange or not found:
+        groups = jax.tree.leaves(self.with_arrays([_Group(index) for index in range(len(self.arrays))]))
+        chosen = [groups[position] for position in picked(self.model, where)]
+        frozen = [array for array in chosen if not isinstance(array, _Group)]
+        if frozen:
             raise _check.fail(
                 "where",
-                "be a function that returns parameter arrays of the model, or modules of them",
-                f"one that returns {type(strange[0]).__name__ if strange else 'none'}",
-                f"For instance lambda m: [m.{self.names[0].lstrip('.')}]. The arrays that move are {', '.join(self.names)}.",
+                "pick arrays that move",
+                f"one that picks {len(frozen)} that do not",
+                f"They are {', '.join(self.names)}.",
             )
-        return tuple(sorted({place.index for place in found}))
+        return tuple(sorted(group.index for group in chosen))
 
 
-class _Place:
-    """What stands for a group while a user's function picks groups out of a model."""
+class _Group:
+    """What marks the place of a group among the leaves of a model."""
 
     def __init__(self, index: int):
         self.index = index

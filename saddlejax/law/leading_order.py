@@ -6,20 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _check
+from .._numerics import safe_norm
 from ..curvature.sharpness import sharpness
 from ..flow import Status
 from ..networks.activations import Activation, ActivationParts
-from ..networks.mlp import (
-    AbstractNetwork,
-    AbstractNetworkOfParts,
-    Weights,
-    layer_norms,
-    preactivations,
-    predict,
-    safe_norm,
-)
+from ..networks.network import AbstractNetwork, AbstractNetworkOfParts, Weights, layer_norms, preactivations, predict
+from ..objective import task_loss
 from ..saddle.origin import Tangent, pull
-from ..tasks.task import Task, task_loss, zero_loss
+from ..tasks.task import Task, zero_loss
 from .bottleneck import init_scales
 from .follow import follow, one_minus_overlap, share_of_optimum, steepest_energy
 from .prediction import LEADING_ORDER, SIGNAL_ROUNDING, EscapePrediction

@@ -1,14 +1,16 @@
 """The prediction for any model: followed itself, on a loss that is linear in its outputs, or on its own loss."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .. import _check
+from .._numerics import safe_norm
 from ..curvature.sharpness import sharpness
-from ..flow import Escape, Flow, Save, Status, gradient_flow
-from ..networks.mlp import AbstractNetwork, is_perceptron, safe_norm
+from ..flow import Escape, Save, Status, gradient_flow
 from ..objective import LossObjective, Problem, outputs
 from ..parameters import Parameters, Trainable
 from ..saddle.order import SaddleOrder, saddle_point
@@ -78,7 +80,8 @@ def predict_from_whole_loss(
     objective, parameters = problem.objective, problem.parameters
     assert isinstance(objective, LossObjective)
     order, _ = saddle_point(problem, small)
-    flow = _flow(parameters.model, objective.function, trainable)
+    save = Save(steps=False, singular_values=False)
+    flow = gradient_flow(parameters.model, objective.function, Escape(), trainable=trainable, save=save)
     rates = _growth_rate(jax.grad(problem.loss)(parameters.arrays), parameters.arrays, small)
     nan = jnp.full((), jnp.nan, rates.dtype)
     escaped = flow.status == Status.escaped
@@ -107,14 +110,8 @@ def predict_from_whole_loss(
 _sharpness = eqx.filter_jit(sharpness)
 
 
-@eqx.filter_jit
-def _flow(model: PyTree, loss: object, trainable: Trainable | None) -> Flow:
-    return gradient_flow(model, loss, Escape(), trainable=trainable, save=Save(steps=False, singular_values=False))
-
-
 def _names(problem: Problem, small: tuple[int, ...]) -> tuple[str, ...] | None:
-    model = problem.model
-    if isinstance(model, AbstractNetwork) and is_perceptron(model):
+    if problem.perceptron:
         return None
     return tuple(problem.parameters.names[group] for group in small)
 
@@ -136,7 +133,12 @@ def _start(problem: Problem, order: SaddleOrder, base: tuple[Array, ...]) -> Sta
     terms = pulls * (outputs(parameters.with_arrays(arrays), task.x) - at_base)
     size = jnp.sum(jnp.abs(terms))
     full, linear = jax.grad(problem.loss)(arrays), jax.grad(lambda a: -energy(a))(arrays)
-    norm = lambda groups: safe_norm(jnp.stack([safe_norm(groups[group]) for group in order.small]))  # noqa: E731
+    waiting = [jnp.where(order.relaxed[group], 0, 1) for group in order.small]
+
+    def norm(groups: Sequence[Array]) -> Array:
+        sizes = [factor * safe_norm(groups[group]) for factor, group in zip(waiting, order.small, strict=True)]
+        return safe_norm(jnp.stack(sizes))
+
     missing = [a - b for a, b in zip(full, linear, strict=True)]
     return Start(
         arrays=arrays,

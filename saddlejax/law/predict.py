@@ -12,7 +12,6 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from ..networks.activation_class import value_at_zero
 from ..networks.activations import Activation
-from ..networks.mlp import AbstractNetwork, is_perceptron
 from ..objective import Problem, as_problem, output_slopes
 from ..parameters import Trainable
 from ..saddle.order import in_widest
@@ -81,7 +80,7 @@ def predict_escape(
     if learning_rate is not None:
         _check.positive_number("learning_rate", learning_rate)
     problem = as_problem(model, task, trainable)
-    small = chosen_groups(problem.parameters, layers, where)
+    small = chosen_groups(problem, layers, where)
     dtype = problem.parameters.arrays[0].dtype
     rate = None if learning_rate is None else jnp.asarray(learning_rate, dtype)
     prediction = in_widest(lambda problem: predicted(problem, small, trainable, learning_rate is not None), problem)
@@ -100,7 +99,7 @@ def predicted(
         raise _check.fail(
             "task", "have a loss that outputs of zero do not already minimise", "one whose slope there is zero"
         )
-    if isinstance(model, AbstractNetwork) and is_perceptron(model) and trainable is None:
+    if problem.perceptron:
         slopes = _slopes(model.activation)
         prediction = slopes and predict_from_leading_order(model, task, slopes, small, with_sharpness)
         if prediction is not None:

@@ -87,9 +87,9 @@ def _chosen(
             "Choose the arrays by where=, such as where=lambda m: [m.layers[0].weight].",
         )
     if where is not None:
-        return _picked(model, where)
+        return picked(model, where)
     if perceptron:
-        positions = _picked(model, lambda net: net.weights)
+        positions = picked(model, lambda net: net.weights)
         return [positions[layer] for layer in _check.layer_indices(layers, len(positions))]
     positions = [position for position, leaf in enumerate(jax.tree.leaves(model)) if eqx.is_inexact_array(leaf)]
     if not positions:
@@ -99,7 +99,7 @@ def _chosen(
     return positions
 
 
-def _picked(model: Any, where: Callable[[Any], Any]) -> list[int]:
+def picked(model: Any, where: Callable[[Any], Any]) -> list[int]:
     """The positions of the arrays that `where` picks, in its order."""
     leaves, structure = jax.tree.flatten(model)
     marks = [object() for _ in leaves]

@@ -7,8 +7,9 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..flow.result import Flow
-from ..networks.mlp import Weights
-from ..tasks.task import Task, check_fits
+from ..networks.fits import check_perceptron_fits
+from ..networks.network import Weights
+from ..tasks.task import Task
 from .alignment import layer_cosines
 from .energy import instantaneous_speed
 from .low_rank import low_rank_margin
@@ -57,7 +58,7 @@ def along_flow(flow: Flow, task: Task, best: EscapeDirection) -> AlongFlow:
     if flow.losses.ndim != 1:
         raise _check.fail("flow", "be a single one", f"a batch of shape {flow.losses.shape[:-1]}", "Use jax.vmap.")
     net = flow.net
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     layer_cosines(net, best.weights)  # refuses a direction that does not fit
     if _check.is_concrete(best.speed) and not float(best.speed) > 0:
         raise _check.fail(

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import AbstractNetwork, check_network, check_weights
+from ..networks.checks import check_network, check_weights
+from ..networks.network import AbstractNetwork
 from .ascent import unit_layers
 from .merge import merge
 from .origin import tangent

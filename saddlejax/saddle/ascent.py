@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..networks.mlp import Weights, safe_norm
+from .._numerics import safe_norm
+from ..networks.network import Weights
 from .lbfgs import MEMORY, lbfgs
 from .origin import Origin, energy
 

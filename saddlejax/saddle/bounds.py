@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks.mlp import Weights, safe_norm
+from .._numerics import safe_norm
+from ..networks.network import Weights
 from ..tasks.task import Task
 from .lbfgs import lbfgs
 from .origin import Origin

@@ -14,8 +14,9 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from .._host.stopping import check_stopped
 from .._host.threads import one_blas_thread
+from .._numerics import safe_norm
 from ..networks.activations import Activation, ActivationParts, resolve_activation
-from ..networks.mlp import Weights, safe_norm
+from ..networks.network import Weights
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
 from .bounds import speed_bound

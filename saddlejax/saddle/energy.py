@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks.mlp import AbstractNetwork, predict
-from ..tasks.task import Task, check_fits, match_precision
+from ..networks.fits import check_perceptron_fits, match_precision
+from ..networks.network import AbstractNetwork, predict
+from ..tasks.task import Task
 from .ascent import unit_layers
 from .origin import Origin, energy, pull, tangent
 
@@ -19,7 +20,7 @@ def signal_energy(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
 
     **Raises:** `ValueError` where net and task do not fit.
     """
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     net, task = match_precision(net, task)
     return jnp.sum(pull(task) * predict(net, task.x))
 
@@ -36,7 +37,7 @@ def instantaneous_speed(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
     **Raises:** `ValueError` where net and task do not fit, and for activations that [`saddlejax.saddle.tangent`][]
     refuses.
     """
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     slopes = tangent(net.activation)
     net, task = match_precision(net, task)
     return energy(unit_layers(net.matrices()), Origin(task, slopes))

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from ..flow import Flow
-from ..networks.mlp import AbstractNetwork, Weights
-from ..tasks.task import Task, check_fits, match_precision, task_loss
+from ..networks.fits import check_perceptron_fits, match_precision
+from ..networks.network import AbstractNetwork, Weights
+from ..objective import task_loss
+from ..tasks.task import Task
 from .energy import signal_energy
 
 
@@ -46,7 +48,7 @@ def signal_growth(flow: Flow, task: Task, bottleneck: int) -> SignalGrowth:
         raise _check.fail("flow", "be a saddlejax.Flow", type(flow).__name__)
     if flow.weights is None:
         raise _check.fail("flow", "have kept its weights", "one without", "Pass save=saddlejax.Save(weights=True).")
-    check_fits(flow.net, task)
+    check_perceptron_fits(flow.net, task)
     if bottleneck > flow.net.depth:
         raise _check.fail("bottleneck", f"be at most the depth, {flow.net.depth}", bottleneck)
     net, task = match_precision(flow.net, task)

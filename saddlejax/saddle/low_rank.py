@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _check
-from ..networks.mlp import AbstractNetwork, Weights, check_network, check_weights, safe_norm
+from .._numerics import safe_norm
+from ..networks.checks import check_network, check_weights
+from ..networks.network import AbstractNetwork, Weights
 
 
 def matrices_of(weights_or_net: AbstractNetwork | Sequence[Array]) -> Weights:

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 from .. import _check
 from ..networks.activations import Activation, activation_name, resolve_activation
 from ..networks.elementwise import evaluate
-from ..networks.mlp import AbstractNetwork, Weights
-from ..tasks.task import Task, check_fits, match_precision
+from ..networks.fits import check_perceptron_fits, match_precision
+from ..networks.network import AbstractNetwork, Weights
+from ..tasks.task import Task
 
 _CHUNK_ENTRIES = 2**22  # hidden signals held at once for one network, in numbers
 _PROBES = (1e-12, 1e-20, 1e-30)  # where the slopes of an activation at zero are read off
@@ -150,7 +151,7 @@ def leading_order_loss(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
     **Raises:** `ValueError` where net and task do not fit, and for activations that [`saddlejax.saddle.tangent`][]
     refuses.
     """
-    check_fits(net, task)
+    check_perceptron_fits(net, task)
     slopes = tangent(net.activation)
     net, task = match_precision(net, task)
     return -energy(net.matrices(), Origin(task, slopes))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from ..objective import Problem, TaskObjective, outputs
 
 _SMALL, _SMALLER = 1e-4, 1e-5  # scales between which the power of a term is read off

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from .. import _check
 from ..networks.activations import Activation, ActivationParts, activation_name
-from ..networks.mlp import MLP, Weights
+from ..networks.mlp import MLP
+from ..networks.network import Weights
 from .low_rank import singular_values
 from .optima import Optimum, distinct
 from .settle import RANDOM, THREE_LAYERS
