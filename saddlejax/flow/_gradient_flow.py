@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -99,39 +99,14 @@ def gradient_flow(
     and where the target is already met at the start (under a transformation that is the outcome `met_at_start`).
     **Warns** where the activation of a perceptron is not zero at zero: the origin is then no saddle.
     """
-    problem = as_problem(model, task, trainable)
-    until = checked_until(until)
-    if not isinstance(save, Save | None):
-        raise _check.fail("save", "be saddlejax.Save(...), such as Save(weights=True)", repr(save))
-    _check.whole_number("max_steps", max_steps)
-    if stiff not in (None, True, False):
-        raise _check.fail("stiff", "be True, False or None", repr(stiff))
-    if stiff and solver is not None:
-        raise _check.fail("solver", "be left alone where stiff=True, which brings its own", repr(solver))
-    kinked = isinstance(model, AbstractNetwork) and model.depth > 1 and slope_jumps(model.activation)
-    stiff = False if kinked else stiff
-    explicit = (
-        PlateauSolver(dfx.Bosh3() if kinked else dfx.Tsit5()).solver if solver is None else PlateauSolver(solver).solver
+    plan = plan_flow(
+        model, task, until, trainable=trainable, rtol=rtol, save=save, solver=solver, max_steps=max_steps, stiff=stiff
     )
-    own_rtol = rtol is not None
-    if rtol is None:
-        rtol = KINKED_RTOL if kinked else STIFF_RTOL if stiff else SMOOTH_RTOL
-    _check.positive_number("rtol", rtol)
-    if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
-        raise _check.fail("rtol", "be below one", rtol)
-    _warn_where_origin_is_no_saddle(model)
-    dtype = jnp.result_type(*problem.parameters.arrays)
-    until, save = jax.tree.map(lambda a: jnp.asarray(a, dtype), (until, save or Save()))
-    chooses = stiff is None and _check.is_concrete(problem, until, save, rtol)
-    steps = Steps(
-        explicit=None if stiff else explicit,
-        rtol=jnp.asarray(rtol, dtype),
-        min_step=jnp.asarray(KINKED_MIN_STEP if kinked else 0.0, dtype),
-        patience=jnp.asarray(STIFF_STEPS if chooses else jnp.inf, dtype),
-        to_escape=until.asks_for_escape,
-        max_steps=max_steps,
-    )
-    if stiff and _check.is_concrete(problem, until, save, rtol):
+    problem, until, save, steps = plan
+    chooses = stiff is None and _check.is_concrete(plan) and not kinked(model)
+    if chooses:
+        steps = dataclasses.replace(steps, patience=jnp.full_like(steps.patience, STIFF_STEPS))
+    if steps.explicit is None and _check.is_concrete(plan):
         # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
         with one_blas_thread():
             found = jax.block_until_ready(_run(problem, until, save, steps))
@@ -139,9 +114,9 @@ def gradient_flow(
         found = _run(problem, until, save, steps)
     stretches = [found.stretch]
     if chooses and _check.is_concrete(found):
-        stiff_rtol = jnp.minimum(100 * steps.rtol, LARGEST_STIFF_RTOL) if own_rtol else jnp.asarray(STIFF_RTOL, dtype)
+        stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
         found, stretches = _changing(found, until, save, steps, stiff_rtol)
-    flow = _flow(problem, found, stretches, until, save, steps)
+    flow = record(plan, found, stretches)
     if _check.is_concrete(flow):
         flow = _finish(flow, problem, found, until)
     failed = ~jnp.any(jnp.stack([flow.status == outcome for outcome in AS_ASKED]), axis=0)
@@ -151,6 +126,64 @@ def gradient_flow(
     elif throw:
         flow = eqx.error_if(flow, failed, "A flow did not end as it was asked to; see its status with throw=False.")
     return flow
+
+
+class FlowPlan(NamedTuple):
+    """A flow whose arguments are checked: what to lower, where to end, what to keep, and how to take steps."""
+
+    problem: Problem
+    until: AbstractUntil
+    save: Save
+    steps: Steps
+
+
+def plan_flow(
+    model: PyTree,
+    task: Task | Callable[[Any], Array],
+    until: AbstractUntil | None = None,
+    *,
+    trainable: Trainable | None = None,
+    rtol: float | Array | None = None,
+    save: Save | None = None,
+    solver: dfx.AbstractERK | None = None,
+    max_steps: int = 4096,
+    stiff: bool | None = None,
+) -> FlowPlan:
+    """The arguments of [`saddlejax.gradient_flow`][], checked and in one precision. Steps are explicit unless `stiff`."""
+    problem = as_problem(model, task, trainable)
+    until = checked_until(until)
+    if not isinstance(save, Save | None):
+        raise _check.fail("save", "be saddlejax.Save(...), such as Save(weights=True)", repr(save))
+    _check.whole_number("max_steps", max_steps)
+    if stiff not in (None, True, False):
+        raise _check.fail("stiff", "be True, False or None", repr(stiff))
+    if stiff and solver is not None:
+        raise _check.fail("solver", "be left alone where stiff=True, which brings its own", repr(solver))
+    jumps = kinked(model)
+    explicit = PlateauSolver(solver or (dfx.Bosh3() if jumps else dfx.Tsit5())).solver
+    exponential = bool(stiff) and not jumps
+    if rtol is None:
+        rtol = KINKED_RTOL if jumps else STIFF_RTOL if exponential else SMOOTH_RTOL
+    _check.positive_number("rtol", rtol)
+    if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
+        raise _check.fail("rtol", "be below one", rtol)
+    _warn_where_origin_is_no_saddle(model)
+    dtype = jnp.result_type(*problem.parameters.arrays)
+    until, save = jax.tree.map(lambda a: jnp.asarray(a, dtype), (until, save or Save()))
+    steps = Steps(
+        explicit=None if exponential else explicit,
+        rtol=jnp.asarray(rtol, dtype),
+        min_step=jnp.asarray(KINKED_MIN_STEP if jumps else 0.0, dtype),
+        patience=jnp.asarray(jnp.inf, dtype),
+        to_escape=until.asks_for_escape,
+        max_steps=max_steps,
+    )
+    return FlowPlan(problem, until, save, steps)
+
+
+def kinked(model: PyTree) -> bool:
+    """Whether a model is a perceptron whose activation has jumps in its slope."""
+    return isinstance(model, AbstractNetwork) and model.depth > 1 and slope_jumps(model.activation)
 
 
 _run = eqx.filter_jit(integrate)
@@ -194,10 +227,9 @@ def _changing(
     return found, stretches
 
 
-def _flow(
-    problem: Problem, found: Integration, stretches: list[Stretch], until: AbstractUntil, save: Save, steps: Steps
-) -> Flow:
+def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow:
     """The record of a flow from its stretches."""
+    problem, until, save, steps = plan
     first, last, status = found.first, found.stretch, found.status
     field, memory = first.clock.args, last.state.memory
     rows, counts = _rows(found, stretches, until, save)

@@ -7,11 +7,11 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..objective import Problem, TaskObjective
 from .clock import PlateauClock, clock_of
-from .controller import PlateauController
+from .controller import PlateauController, StepSize
 from .field import PlateauField
 from .record import Row, Save, row
 from .rounding import dormant_gradient_lost, dormant_lost, signal_left
@@ -136,6 +136,77 @@ def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     return ~rose & (fallen | (field.layout.split(state.rate).loss < NO_PLATEAU_LOSS * field.plateau))
 
 
+class Place(NamedTuple):
+    """Where a solve stands between two calls of diffrax, which go on from here as if they were one.
+
+    - `s`, `state`: the clock and the state.
+    - `solver_state`, `step`: of the solver and of the controller; None at the start.
+    """
+
+    s: Float[Array, ""]
+    state: ClockState
+    solver_state: PyTree
+    step: StepSize | None
+
+
+def place_of(state: ClockState) -> Place:
+    """The start of a solve."""
+    return Place(jnp.zeros_like(state.error), state, None, None)
+
+
+def solve(
+    clock: PlateauClock,
+    place: Place,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    kind: Kind,
+    *,
+    size: Array | None = None,
+    attempts: int | None = None,
+    locate: bool = True,
+) -> dfx.Solution:
+    """Take steps until the flow ends, or so many of them; `size` is the first, by default the controller's choice.
+
+    Where the end is not located, the solve ends with the step in which it lies.
+    """
+    solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
+    if save.times is not None:
+        solver = RowsAtTimes(solver, save)
+    saved = {"end": dfx.SubSaveAt(t1=True)}
+    if save.times is None and save.steps:
+        saved["rows"] = dfx.SubSaveAt(steps=True, fn=lambda t, y, args: row(save, args, y))
+    event = clock.event(until, steps.rtol)
+    return dfx.diffeqsolve(
+        clock.term,
+        solver,
+        place.s,
+        jnp.full_like(place.s, jnp.inf),
+        size if place.step is None else place.step.size,
+        place.state,
+        args=clock.args,
+        stepsize_controller=_controller(steps, until),
+        event=event if locate else dfx.Event(event.cond_fn, direction=True),
+        saveat=dfx.SaveAt(subs=saved, solver_state=True, controller_state=True),
+        adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
+        max_steps=steps.max_steps if attempts is None else attempts,
+        throw=False,
+        solver_state=place.solver_state,
+        controller_state=place.step,
+    )
+
+
+def _controller(steps: Steps, until: AbstractUntil) -> EndingController:
+    return EndingController(steps.controller, steps.patience, until.uses_curvature)
+
+
+def place_after(solution: dfx.Solution) -> Place:
+    """Where a solve stands after some steps."""
+    s, state = jax.tree.map(lambda a: a[-1], (solution.ts["end"], solution.ys["end"]))
+    assert solution.controller_state is not None
+    return Place(s, state, solution.solver_state, solution.controller_state)
+
+
 def stretch(
     clock: PlateauClock,
     state: ClockState,
@@ -146,75 +217,54 @@ def stretch(
     kind: Kind,
 ) -> Stretch:
     """Follow a flow from a state whose rate is known until it ends."""
-    field, dtype = clock.args, state.vector.dtype
+    solution = solve(clock, place_of(state), until, save, steps, kind, size=size)
+    accepted, attempts = (jnp.asarray(solution.stats[name]) for name in ("num_accepted_steps", "num_steps"))
+    return summary(clock, state, until, save, steps, solution, accepted, attempts)
 
-    controller = EndingController(steps.controller, steps.patience, until.uses_curvature)
-    solver: dfx.AbstractAdaptiveSolver = steps.solver(kind)
-    if save.times is not None:
-        solver = RowsAtTimes(solver, save)
-    by_steps = save.times is None and save.steps
-    saved = {"end": dfx.SubSaveAt(t1=True)}
-    if by_steps:
-        saved["rows"] = dfx.SubSaveAt(steps=True, fn=lambda t, y, args: row(save, args, y))
-    solution = dfx.diffeqsolve(
-        clock.term,
-        solver,
-        jnp.zeros((), dtype),
-        jnp.asarray(jnp.inf, dtype),
-        size,
-        state,
-        args=field,
-        stepsize_controller=controller,
-        event=clock.event(until, steps.rtol),
-        saveat=dfx.SaveAt(
-            subs=saved,
-            solver_state=True,
-            controller_state=True,
-        ),
-        adjoint=dfx.ForwardMode() if kind == "lax" else dfx.DirectAdjoint(),
-        max_steps=steps.max_steps,
-        throw=False,
-    )
-    end = jax.tree.map(lambda a: a[-1], solution.ys["end"])
-    end = eqx.tree_at(lambda y: y.rate, end, field.motion(end.vector))
-    accepted, attempts = jnp.asarray(solution.stats["num_accepted_steps"]), jnp.asarray(solution.stats["num_steps"])
-    last = row(save, field, end)
-    inner = solution.solver_state
-    rows, row_steps, extra = None, None, jnp.asarray(1)
+
+def summary(
+    clock: PlateauClock,
+    state: ClockState,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    solution: dfx.Solution,
+    accepted: Int[Array, ""],
+    attempts: Int[Array, ""],
+) -> Stretch:
+    """The stretch that begins at a state and ends with a solve, after so many attempts."""
+    field, after = clock.args, place_after(solution)
+    end = eqx.tree_at(lambda y: y.rate, after.state, field.motion(after.state.vector))
+    last, inner, max_steps = row(save, field, end), after.solver_state, steps.max_steps
+    rows, row_steps, for_rows = None, None, jnp.asarray(1)
     if save.times is not None:
         later = inner.rows.log_time > field.log_time(end)
         rows, row_steps = _blank(inner.rows, later), jnp.where(later, -1, inner.steps)
-        extra, inner = inner.count, inner.inner
+        for_rows, inner = inner.count, inner.inner
     elif save.steps:
-        index = jnp.arange(steps.max_steps)
-        rows = _blank(jax.tree.map(lambda a: a[: steps.max_steps], solution.ys["rows"]), index >= accepted)
+        index = jnp.arange(max_steps)
+        rows = _blank(jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]), index >= accepted)
         rows = jax.tree.map(lambda all, one: all.at[jnp.maximum(accepted - 1, 0)].set(one), rows, last)
         rows, row_steps = _blank(rows, index >= accepted), jnp.where(index < accepted, index + 1, -1)
-    if isinstance(inner, tuple) and hasattr(inner, "products"):
-        gradients, products = inner.vector_fields, inner.products
-    else:
-        assert isinstance(steps.explicit, dfx.AbstractERK)
-        stages = steps.explicit.tableau.num_stages - 1
-        gradients, products = attempts * stages + (attempts > 0), jnp.asarray(0)
-    stuck = solution.result == dfx.RESULTS.dt_min_reached
-    assert solution.controller_state is not None
-    ends = controller.ends(field, end)._replace(until=jnp.asarray(solution.event_mask))
     runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
     attempts = jnp.where(runs, attempts, 0)
-    if until.uses_curvature:
-        products = products + attempts + 1
+    if steps.explicit is None:
+        gradients, products = inner.vector_fields, inner.products
+    else:
+        gradients, products = PlateauSolver(steps.explicit).gradients(attempts), jnp.asarray(0)
+    assert after.step is not None
     return Stretch(
         state=end,
         last=last,
         rows=rows,
         row_steps=row_steps,
-        ends=ends,
-        stuck=stuck,
+        ends=_controller(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask)),
+        stuck=solution.result == dfx.RESULTS.dt_min_reached,
         accepted=accepted,
         attempts=attempts,
-        gradients=gradients + extra,
-        products=products,
-        step_size=solution.controller_state.size,
+        gradients=gradients + for_rows,
+        products=products + (attempts + 1 if until.uses_curvature else 0),
+        step_size=after.step.size,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import diffrax as dfx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _check
 from ..networks.mlp import safe_norm
@@ -67,10 +67,11 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         """The states within a step."""
         return partial(_interpolate, self.solver.interpolation_cls)
 
-    @property
-    def stages(self) -> int:
-        """The gradients that a step takes."""
-        return self.solver.tableau.num_stages - 1  # type: ignore[union-attr]
+    def gradients(self, attempts: Int[Array, ""]) -> Int[Array, ""]:
+        """The gradients that so many attempted steps take: the first one needs one more than the others."""
+        tableau = self.solver.tableau
+        assert isinstance(tableau, dfx.ButcherTableau)
+        return attempts * (tableau.num_stages - 1) + (attempts > 0)
 
     def order(self, terms: Any) -> int | None:
         """The order of the solver."""
