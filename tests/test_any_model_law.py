@@ -167,9 +167,9 @@ def test_where_no_order_is_found_and_bad_arguments():
     assert np.isnan(float(nothing.order)) and "none found" in str(nothing)
     model = Convolutions(jnp.tanh)
     for options, words in (
-        ({"layers": [0]}, "layers must be left out where the model is no perceptron"),
-        ({"where": lambda m: m.activation}, "where must be a function that returns parameter arrays"),
-        ({"where": lambda m: [m.conv1], "layers": [0]}, "where must be left out where layers are given"),
+        ({"layers": [0]}, "layers must choose among the layers of a perceptron"),
+        ({"where": lambda m: [m.conv1, 3]}, "where must pick floating-point arrays"),
+        ({"where": lambda m: [m.conv1], "layers": [0]}, "layers must not be given together with where"),
     ):
         with pytest.raises(ValueError, match=words):
             sj.saddle_order(model, digits(), **options)

@@ -10,17 +10,20 @@ from jaxtyping import Array, Float
 
 from .. import _check
 
+ArrayLike = Array | np.ndarray
+Numbers = float | int | ArrayLike
+
 _PANELS, _NODES = 128, 8
 _EQUAL = 20.0  # e^{-40} is below the rounding of double precision
 
 
 def escape_time(
-    scale: float | Array,
+    scale: Numbers,
     bottleneck: Any = None,
-    speed: float | Array = 1.0,
+    speed: Numbers = 1.0,
     *,
-    end: float | Array = 1.0,
-    layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
+    end: Numbers = 1.0,
+    layer_norms: Sequence[float | int] | Float[ArrayLike, " bottleneck"] | None = None,
 ) -> Float[Array, "..."]:
     """The time `τ` that `r` bottleneck layers of norm `ε` take to grow to `end` in a direction of speed `K`.
 
@@ -47,12 +50,12 @@ def escape_time(
 
 
 def log_escape_time(
-    scale: float | Array,
+    scale: Numbers,
     bottleneck: Any = None,
-    speed: float | Array = 1.0,
+    speed: Numbers = 1.0,
     *,
-    end: float | Array = 1.0,
-    layer_norms: Sequence[float] | Float[Array, " bottleneck"] | None = None,
+    end: Numbers = 1.0,
+    layer_norms: Sequence[float | int] | Float[ArrayLike, " bottleneck"] | None = None,
 ) -> Float[Array, "..."]:
     """The logarithm of [`saddlejax.escape_time`][], which stays finite where the time overflows.
 
@@ -99,7 +102,7 @@ def _log(values: Any) -> Array:
     return jnp.log(jnp.asarray(values, float))
 
 
-def _log_norms(layer_norms: Sequence[float] | Array, bottleneck: int | None) -> Float[Array, " bottleneck"]:
+def _log_norms(layer_norms: Sequence[float | int] | ArrayLike, bottleneck: int | None) -> Float[Array, " bottleneck"]:
     _check.positive_number("layer_norms", layer_norms)
     shape = np.shape(layer_norms)
     if len(shape) != 1 or shape[0] == 0:
