@@ -20,7 +20,8 @@ from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
 from .clock import checked_until
-from .integrate import Begin, Integration, Steps, Stretch, conclude, integrate, stretch
+from .field import field_of
+from .integrate import Begin, Integration, Steps, Stretch, clock_from, conclude, integrate, stretch
 from .memory import smallest_share
 from .record import Row, Save, imbalance_residual
 from .result import Flow, trim
@@ -115,7 +116,7 @@ def gradient_flow(
     stretches = [found.stretch]
     if chooses and _check.is_concrete(found):
         stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
-        found, stretches = _changing(found, until, save, steps, stiff_rtol)
+        found, stretches = _changing(plan._replace(steps=steps), found, stiff_rtol)
     flow = record(plan, found, stretches)
     if _check.is_concrete(flow):
         flow = _finish(flow, problem, found, until)
@@ -186,24 +187,31 @@ def kinked(model: PyTree) -> bool:
     return isinstance(model, AbstractNetwork) and model.depth > 1 and slope_jumps(model.activation)
 
 
-_run = eqx.filter_jit(integrate)
+@eqx.filter_jit
+def _run(problem: Problem, until: AbstractUntil, save: Save, steps: Steps) -> Integration:
+    return integrate(problem, until, save, steps)
 
 
 @eqx.filter_jit
 def _go_on(
-    first: Begin, state: ClockState, until: AbstractUntil, save: Save, steps: Steps, size: Array | None
+    problem: Problem,
+    first: Begin,
+    state: ClockState,
+    until: AbstractUntil,
+    save: Save,
+    steps: Steps,
+    size: Array | None,
 ) -> tuple[Stretch, Status, Array]:
-    found = stretch(first.clock, state, until, save, steps, size, "lax")
-    return found, *conclude(first, until, found)
+    found = stretch(clock_from(problem, first), state, until, save, steps, size, "lax")
+    return found, *conclude(problem, first, until, found)
 
 
-def _changing(
-    found: Integration, until: AbstractUntil, save: Save, steps: Steps, stiff_rtol: Array
-) -> tuple[Integration, list[Stretch]]:
+def _changing(plan: FlowPlan, found: Integration, stiff_rtol: Array) -> tuple[Integration, list[Stretch]]:
     """Follow a flow on by the other kind of step, as long as it stops for that.
 
     Each time that explicit steps turn out to be bounded by stability again, both kinds are given twice the time.
     """
+    problem, until, save, steps = plan
     stretches, first = [found.stretch], found.first
     exponential, patience = False, 1
     while bool(stretches[-1].ends.unsuited) and sum(int(one.attempts) for one in stretches) < steps.max_steps:
@@ -221,7 +229,9 @@ def _changing(
             lambda y: y.memory, last.state, last.state.memory._replace(unsuited=jnp.zeros_like(steps.rtol))
         )
         with one_blas_thread():
-            new, status, log_time = jax.block_until_ready(_go_on(first, state, until, save, kind, last.step_size))
+            new, status, log_time = jax.block_until_ready(
+                _go_on(problem, first, state, until, save, kind, last.step_size)
+            )
         stretches.append(new)
         found = Integration(first, new, status, log_time)
     return found, stretches
@@ -231,7 +241,7 @@ def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow
     """The record of a flow from its stretches."""
     problem, until, save, steps = plan
     first, last, status = found.first, found.stretch, found.status
-    field, memory = first.clock.args, last.state.memory
+    field, memory = field_of(problem, first.scales), last.state.memory
     rows, counts = _rows(found, stretches, until, save)
     norms = rows.group_norms
     squares = jnp.square(norms)
@@ -347,13 +357,13 @@ def _finish(flow: Flow, problem: Problem, found: Integration, until: AbstractUnt
     flow = dataclasses.replace(
         trim(flow, int(np.sum(np.asarray(flow.steps) >= 0))), reference=TaskReference(problem.task)
     )
-    _warn_where_rounding_matters(flow, found)
+    _warn_where_rounding_matters(flow, problem, found)
     return flow
 
 
-def _warn_where_rounding_matters(flow: Flow, found: Integration) -> None:
+def _warn_where_rounding_matters(flow: Flow, problem: Problem, found: Integration) -> None:
     memory = found.stretch.state.memory
-    dtype, shapes = flow.losses.dtype, found.first.clock.args.layout.shapes.shapes
+    dtype, shapes = flow.losses.dtype, problem.parameters.shapes.shapes
     finer = " Or use double precision." if dtype == jnp.float32 else ""
     norms = [np.asarray(row.group_norms) for row in (found.first.row, found.stretch.last)]
     factor = least_factor(*norms, shapes)

@@ -13,6 +13,7 @@ from .integrate import (
     Integration,
     Place,
     begin as start,
+    clock_from,
     conclude,
     place_after,
     place_of,
@@ -49,14 +50,16 @@ def begin(plan: FlowPlan) -> FlowInChunks:
     if plan.save.steps or plan.save.times is not None:
         raise _check.fail("save", "keep the first and the last row only in a batch", "one that keeps more")
     first = start(plan.problem, plan.until, plan.save)
-    nothing = solve(first.clock, place_of(first.state), *plan[1:], "lax", attempts=0, locate=False)
+    nothing = solve(clock_from(plan.problem, first), place_of(first.state), *plan[1:], "lax", attempts=0, locate=False)
     place, zero = place_after(nothing), jnp.asarray(0)
     return FlowInChunks(first, place, place, zero, zero, zero, zero, jnp.asarray(True))
 
 
 def advance(plan: FlowPlan, flow: FlowInChunks, attempts: int) -> FlowInChunks:
     """The flow after at most so many more attempts; it stops with the step in which its end lies."""
-    solution = solve(flow.first.clock, flow.place, *plan[1:], "lax", attempts=attempts, locate=False)
+    solution = solve(
+        clock_from(plan.problem, flow.first), flow.place, *plan[1:], "lax", attempts=attempts, locate=False
+    )
     tried = flow.attempts + flow.more_attempts
     more = jnp.asarray(solution.stats["num_steps"])
     goes_on = (solution.result == dfx.RESULTS.max_steps_reached) & (tried + more < plan.steps.max_steps)
@@ -74,9 +77,9 @@ def advance(plan: FlowPlan, flow: FlowInChunks, attempts: int) -> FlowInChunks:
 
 def finish(plan: FlowPlan, flow: FlowInChunks, attempts: int) -> Flow:
     """The record of a flow that has ended: its last chunk is taken once more, to locate the end within its step."""
-    first = flow.first
-    solution = solve(first.clock, flow.before, *plan[1:], "lax", attempts=attempts)
+    first, clock = flow.first, clock_from(plan.problem, flow.first)
+    solution = solve(clock, flow.before, *plan[1:], "lax", attempts=attempts)
     accepted, tried = flow.accepted + flow.more_accepted, flow.attempts + 2 * flow.more_attempts
-    found = summary(first.clock, first.state, *plan[1:], solution, accepted, tried)
+    found = summary(clock, first.state, *plan[1:], solution, accepted, tried)
     found = found._replace(attempts=flow.attempts + flow.more_attempts)
-    return record(plan, Integration(first, found, *conclude(first, plan.until, found)), [found])
+    return record(plan, Integration(first, found, *conclude(plan.problem, first, plan.until, found)), [found])

@@ -5,6 +5,8 @@ the groups by a factor of about e, however slowly that happens in time `t`. A pl
 `O(log 1/ε)` steps.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,23 +19,42 @@ from .coordinates import to_coordinates
 from .state import ClockState, Layout, Parts
 
 
+class Scales(NamedTuple):
+    """What a flow is measured by, from its start.
+
+    - `plateau`: the height of the first plateau.
+    - `log_time_unit`: `log τ(θ_0)`, the unit of the time in the state.
+    - `log_sizes`: logarithms of the root mean square of the singular values of each group.
+    """
+
+    plateau: Float[Array, ""]
+    log_time_unit: Float[Array, ""]
+    log_sizes: Float[Array, " groups"]
+
+
 class PlateauField(eqx.Module):
     """The vector field `d(state)/ds`, with what conditions of a flow may ask of a state.
 
-    - `parameters`: the model, whose arrays at the start give the groups.
-    - `objective`: what is lowered.
-    - `log_time_unit`: `log τ(θ_0)`, the unit of the time in the state.
-    - `log_sizes`: logarithms of the root mean square of the singular values of each group at the start.
+    - `parameters`, `objective`: the model and what is lowered.
+    - `scales`: from the start of the flow; `plateau` among them.
     - `layout`: of the state vector; `perceptron`: whether the groups are the layers of one.
     """
 
     parameters: Parameters
     objective: AbstractObjective
-    plateau: Float[Array, ""]
-    log_time_unit: Float[Array, ""]
-    log_sizes: Float[Array, " groups"]
+    scales: Scales
     layout: Layout = eqx.field(static=True)
     perceptron: bool = eqx.field(static=True)
+
+    @property
+    def plateau(self) -> Float[Array, ""]:
+        """The height of the first plateau."""
+        return self.scales.plateau
+
+    @property
+    def log_time_unit(self) -> Float[Array, ""]:
+        """`log τ(θ_0)`, the unit of the time in the state."""
+        return self.scales.log_time_unit
 
     def model(self, state: ClockState) -> PyTree:
         """The model at a state."""
@@ -123,17 +144,23 @@ def _norm(vector: Float[Array, " parameters"]) -> Float[Array, ""]:
     return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
 
 
+def field_of(problem: Problem, scales: Scales) -> PlateauField:
+    """The field of a problem, with what is known from the start of the flow."""
+    shapes = problem.parameters.shapes
+    layout = Layout(shapes, len(shapes.shapes) - 1 if problem.perceptron else 0)
+    return PlateauField(problem.parameters, problem.objective, scales, layout, problem.perceptron)
+
+
 def start(problem: Problem) -> tuple[PlateauField, Float[Array, " state"], Float[Array, " state"]]:
-    """The field with its unit of time `τ(θ_0)`, the state at `s = 0` and its rate."""
+    """The field with its scales, the state at `s = 0` and its rate."""
     here = to_coordinates(problem.parameters.arrays)
-    layout = Layout(here.shapes, len(here.shapes.shapes) - 1 if problem.perceptron else 0)
     zero = jnp.zeros((), here.joined.dtype)
-    vector = layout.join(Parts(here, zero, zero, zero, jnp.zeros(layout.hidden, zero.dtype)))
     ranks = jnp.asarray([rank(shape) for shape in here.shapes.shapes], zero.dtype)
-    log_sizes = here.log_norms() - 0.5 * jnp.log(ranks)
-    plateau = problem.objective.plateau()
-    field = PlateauField(problem.parameters, problem.objective, plateau, zero, log_sizes, layout, problem.perceptron)
+    scales = Scales(problem.objective.plateau(), zero, here.log_norms() - 0.5 * jnp.log(ranks))
+    field = field_of(problem, scales)
+    layout = field.layout
+    vector = layout.join(Parts(here, zero, zero, zero, jnp.zeros(layout.hidden, zero.dtype)))
     parts, log_pace = field.motion_and_pace(vector)
     stalled = jnp.isneginf(log_pace)
-    field = eqx.tree_at(lambda f: f.log_time_unit, field, jnp.where(stalled, 0, -log_pace))
+    field = field_of(problem, scales._replace(log_time_unit=jnp.where(stalled, 0, -log_pace)))
     return field, vector, layout.join(parts._replace(time=jnp.where(stalled, zero, 1)))

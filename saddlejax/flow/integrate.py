@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..objective import Problem, TaskObjective
 from .clock import PlateauClock, clock_of
 from .controller import PlateauController, StepSize
-from .field import PlateauField
+from .field import PlateauField, Scales, field_of
 from .record import Row, Save, row
 from .rounding import dormant_gradient_lost, dormant_lost, signal_left
 from .rows_at_times import RowsAtTimes
@@ -274,12 +274,17 @@ def _blank(rows: Row, where: Bool[Array, " rows"]) -> Row:
 
 
 class Begin(NamedTuple):
-    """The start of a flow: the clock, the state with its rate, its row, and an outcome where there is one at once."""
+    """The start of a flow: its scales, the state with its rate, its row, and an outcome where there is one at once."""
 
-    clock: PlateauClock
+    scales: Scales
     state: ClockState
     row: Row
     status: Status
+
+
+def clock_from(problem: Problem, first: Begin) -> PlateauClock:
+    """The clock of a flow whose start is known."""
+    return PlateauClock(field_of(problem, first.scales), first.state, first.state.rate)
 
 
 def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
@@ -300,12 +305,12 @@ def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
         status = Status.where(happened, outcome, status)
     over = jnp.where(status == Status.step_limit, 0, 1).astype(state.vector.dtype)
     state = eqx.tree_at(lambda y: y.memory, state, state.memory._replace(at_rest=over))
-    return Begin(clock, state, row(save, field, state), status)
+    return Begin(field.scales, state, row(save, field, state), status)
 
 
-def conclude(first: Begin, until: AbstractUntil, last: Stretch) -> tuple[Status, Float[Array, ""]]:
+def conclude(problem: Problem, first: Begin, until: AbstractUntil, last: Stretch) -> tuple[Status, Float[Array, ""]]:
     """How a flow ended, and `log t` of its end."""
-    field, state, ends = first.clock.args, last.state, last.ends
+    field, state, ends = field_of(problem, first.scales), last.state, last.ends
     status = first.status
     runs = status == Status.step_limit
     below = field.layout.split(state.rate).loss > field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau)
@@ -329,9 +334,9 @@ def _how_it_rests(status: Status, until: AbstractUntil, field: PlateauField, sta
     log_norms = field.layout.split(state.vector).coordinates.log_norms()
     if field.perceptron and isinstance(field.objective, TaskObjective):
         model = field.model(state)
-        lost = dormant_gradient_lost(field.log_sizes, log_norms) & signal_left(model, field.objective.task)
+        lost = dormant_gradient_lost(field.scales.log_sizes, log_norms) & signal_left(model, field.objective.task)
     else:
-        lost = dormant_lost(field.log_sizes, log_norms)
+        lost = dormant_lost(field.scales.log_sizes, log_norms)
     if until.end_time() is not None:
         status = Status.where(rests, until.reached, status)
     return Status.where(rests & lost, Status.below_rounding, status)
@@ -390,5 +395,5 @@ def _arrays_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 def _integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps, kind: Kind) -> Integration:
     first = begin(problem, until, save)
-    found = stretch(first.clock, first.state, until, save, steps, None, kind)
-    return Integration(first, found, *conclude(first, until, found))
+    found = stretch(clock_from(problem, first), first.state, until, save, steps, None, kind)
+    return Integration(first, found, *conclude(problem, first, until, found))

@@ -35,7 +35,7 @@ def remember(
     highest = jnp.maximum(before.log_highest, log_gradient)
     # After the first escape something may grow that was too small to be there.
     fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lowest)
-    lost = dormant_lost(field.log_sizes, here.log_norms())
+    lost = dormant_lost(field.scales.log_sizes, here.log_norms())
     lowest = jnp.where(fallen & lost, jnp.minimum(before.log_lowest, log_gradient), jnp.inf)
     ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
     rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
