@@ -185,3 +185,45 @@ def test_order_in_single_precision_and_under_transformations():
     alone = sj.saddle_order(net, task, layers=range(3))
     jitted = jax.jit(lambda net: sj.saddle_order(net, task, layers=range(3)))(net)
     assert float(jitted.order) == 5 and float(jitted.signal) == pytest.approx(float(alone.signal), rel=1e-6)
+
+
+# Directions
+
+
+def test_direction_of_a_perceptron_given_as_a_model_and_as_any_model():
+    task = digits()
+    net = sj.MLP([64, 8, 8, 10], "tanh", key=KEY)
+    known = sj.escape_direction(task, [64, 8, 8, 10], "tanh", key=KEY)
+    as_net = sj.escape_direction(task, net, key=KEY)
+    assert float(as_net.speed) == pytest.approx(float(known.speed), rel=1e-12)
+    # The same network as a module that the library knows nothing of.
+    other = eqx.nn.MLP(64, 10, 8, 2, jnp.tanh, use_bias=False, use_final_bias=False, key=KEY)
+    found = sj.escape_direction(task, other, starts=4, key=KEY)
+    assert float(found.order) == 3
+    assert float(found.speed) == pytest.approx(float(known.speed), rel=1e-6)
+    assert float(found.residual) < 1e-4
+    for group in found.groups:
+        assert float(jnp.linalg.norm(group)) == pytest.approx(1, rel=1e-12)
+    assert "order r = 3" in str(found)
+
+
+def test_directions_in_closed_form():
+    # E = u v w on unit spheres of one number: 1. With u in R³ against b: 𝓛 = ½ ‖(u v w − b)‖², −𝓛_0 = ⟨u, b⟩ v w: ‖b‖.
+    class Product(eqx.Module):
+        u: jax.Array
+        v: jax.Array
+        w: jax.Array
+
+    b = jnp.array([2.0, -1.0, 2.0])
+    model = Product(jnp.ones(3), jnp.ones(1), jnp.ones(1))
+    found = sj.escape_direction(lambda m: 0.5 * jnp.sum((m.u * m.v * m.w - b) ** 2), model, starts=3, key=KEY)
+    assert float(found.order) == 3 and float(found.speed) == pytest.approx(3, rel=1e-6)
+    np.testing.assert_allclose(jnp.abs(found.groups[0]), jnp.abs(b) / 3, atol=1e-4)
+
+
+def test_direction_of_a_perceptron_on_parity_has_the_order_of_the_data():
+    # f = u tanh(v·x) at one neuron: −𝓛_0 = u E[x₁x₂x₃ (−(v·x)³/3)] = −2 u v₁v₂v₃, at most 2/√27 on the unit spheres.
+    net = sj.MLP([3, 1, 1], "tanh", key=KEY)
+    found = sj.escape_direction(parity(), net, starts=4, key=KEY)
+    assert float(found.order) == 4
+    assert float(found.speed) == pytest.approx(2 / np.sqrt(27), rel=1e-5)

@@ -294,7 +294,7 @@ def test_predictions_under_transformations():
     assert float(inside) == pytest.approx(float(alone[0].log_time), rel=1e-9)
     for name in ("scale_for_steps", "bottleneck_for_steps"):
         rest = {"steps": 100, "learning_rate": 0.1} | ({"scale": 1e-3} if name == "bottleneck_for_steps" else {})
-        with pytest.raises(ValueError, match=rf"sj.{name} runs on the host .* net was traced"):
+        with pytest.raises(ValueError, match=rf"sj.{name} runs on the host .* model was traced"):
             jax.jit(functools.partial(getattr(sj, name), task=task, **rest))(net)
 
 

@@ -11,11 +11,10 @@ from jaxtyping import Array, PyTree
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from ..networks.activation_class import value_at_zero
-from ..networks.activations import Activation
 from ..objective import Problem, as_problem, output_slopes
 from ..parameters import Trainable
 from ..saddle.order import in_widest
-from ..saddle.origin import Tangent, tangent
+from ..saddle.origin import has_tangent, tangent
 from ..tasks.task import Task
 from .bottleneck import chosen_groups
 from .leading_order import predict_from_leading_order
@@ -100,18 +99,10 @@ def predicted(
             "task", "have a loss that outputs of zero do not already minimise", "one whose slope there is zero"
         )
     if problem.perceptron:
-        slopes = _slopes(model.activation)
+        # An activation that does not vanish at zero is refused here; one without a slope there has an order of its own.
+        sloped = value_at_zero(model.activation) != 0 or has_tangent(model.activation)
+        slopes = tangent(model.activation) if sloped else None
         prediction = slopes and predict_from_leading_order(model, task, slopes, small, with_sharpness)
         if prediction is not None:
             return prediction
     return predict_from_linear_loss(problem, small, trainable, with_sharpness)
-
-
-def _slopes(activation: Activation) -> Tangent | None:
-    """The tangent of an activation at zero, None where it has none but vanishes there."""
-    try:
-        return tangent(activation)
-    except ValueError:
-        if value_at_zero(activation) != 0:
-            raise
-        return None
