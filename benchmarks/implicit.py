@@ -21,7 +21,7 @@ from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 
 import saddlejax as sj
-from saddlejax.tasks.task import task_loss
+from saddlejax.objective import task_loss
 
 MOST_STEPS = 5_000
 LONGEST = 1e15

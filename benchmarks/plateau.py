@@ -40,7 +40,8 @@ from scipy.integrate import solve_ivp
 
 import saddlejax as sj
 from saddlejax.curvature.sharpness import sharpness
-from saddlejax.tasks.task import task_loss, zero_loss
+from saddlejax.objective import task_loss
+from saddlejax.tasks.task import zero_loss
 
 try:
     import torch

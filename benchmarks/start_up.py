@@ -172,7 +172,8 @@ def scan(scales, seeds):
 """,
     "loop over jit(diffrax in t)": """
 import diffrax, optimistix
-from saddlejax.tasks.task import task_loss, zero_loss
+from saddlejax.objective import task_loss
+from saddlejax.tasks.task import zero_loss
 @jax.jit
 def solve(net, atol):
     loss = lambda w: task_loss(net.with_weights(w), task)

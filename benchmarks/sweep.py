@@ -35,10 +35,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import saddlejax as sj
+from saddlejax.objective import task_loss
 from saddlejax.sweeps._sweep import _flows
 from saddlejax.sweeps.execute import available_cores
 from saddlejax.sweeps.programs import batch_program
-from saddlejax.tasks.task import task_loss, zero_loss
+from saddlejax.tasks.task import zero_loss
 
 jax.config.update("jax_enable_x64", True)
 

@@ -31,7 +31,8 @@ from scipy.interpolate import CubicHermiteSpline
 
 import saddlejax as sj
 from saddlejax.flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL
-from saddlejax.tasks.task import task_loss, zero_loss
+from saddlejax.objective import task_loss
+from saddlejax.tasks.task import zero_loss
 
 jax.config.update("jax_enable_x64", True)
 

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import law as law, manifold as manifold, saddle as saddle, staircase as staircase, tasks as tasks
+from .bottleneck import bottleneck_layers as bottleneck_layers
 from .curvature.stationary import StationaryPoint as StationaryPoint, nearby_stationary_point as nearby_stationary_point
 from .flow import (
     Escape as Escape,
@@ -21,7 +22,6 @@ from .flow import (
 )
 from .flow.descent import gradient_descent as gradient_descent
 from .law import escape_time as escape_time
-from .law.bottleneck import bottleneck_layers as bottleneck_layers
 from .law.budget import bottleneck_for_steps as bottleneck_for_steps, scale_for_steps as scale_for_steps
 from .law.exponent import critical_exponent as critical_exponent
 from .law.predict import predict_escape as predict_escape
@@ -30,7 +30,6 @@ from .law.universality import collapse as collapse
 from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .networks.activations import ACTIVATIONS as ACTIVATIONS
 from .networks.mlp import MLP as MLP
-from .networks.scaling import scale_layers as scale_layers
 from .norm_imbalance import (
     imbalance as imbalance,
     imbalance_matrices as imbalance_matrices,
@@ -45,6 +44,7 @@ from .saddle import (
 )
 from .saddle.energy_growth import signal_growth as signal_growth
 from .saddle.signal import signal_strength as signal_strength
+from .scaling import scale_layers as scale_layers
 from .sweeps import sweep as sweep
 from .sweeps.scan import escape_scan as escape_scan
 from .tasks import Task as Task

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import _check
 from ._numerics import in_precision
-from .networks.mlp import AbstractNetwork, is_perceptron
+from .networks.checks import check_weights, is_perceptron
 from .parameters import Parameters, Trainable
 from .tasks.task import Task, zero_loss
 
@@ -113,7 +113,9 @@ def as_problem(model: PyTree, task: Task | Callable[[Any], Array], trainable: Tr
     needs; where it depends on a random key or a state; where the loss is no real scalar, or is not finite.
     """
     parameters = Parameters.of(model, trainable)
-    perceptron = trainable is None and isinstance(model, AbstractNetwork) and is_perceptron(model)
+    perceptron = trainable is None and is_perceptron(model)
+    if perceptron:
+        check_weights("model.weights", parameters.arrays)
     for name, array in zip(parameters.names, parameters.arrays, strict=True):
         _check.float_type(f"model.{name}", array.dtype)
         _check.finite(f"model.{name}", array)

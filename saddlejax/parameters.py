@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, PyTree
 
 from . import _check
 from .networks.checks import is_perceptron
-from .networks.scaling import picked
 
 Trainable = Callable[[Any], bool] | PyTree
 """Which arrays of a model move: a filter as of `equinox.partition`, a function of a leaf or a tree of truth values."""
@@ -112,25 +111,30 @@ class Parameters(eqx.Module):
         return eqx.combine(jax.tree.unflatten(self.structure, list(arrays)), self.rest)
 
     def indices(self, where: Callable[[Any], Any]) -> tuple[int, ...]:
-        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in increasing order.
+        """Which groups a function of the model returns, such as `lambda m: [m.conv1.weight, m.head]`, in its order.
 
-        **Raises:** `ValueError` where it returns anything else, or nothing, or arrays that do not move.
+        **Raises:** `ValueError` where it fails, or returns anything else, nothing, or an array more than once.
         """
-        groups = jax.tree.leaves(self.with_arrays([_Group(index) for index in range(len(self.arrays))]))
-        chosen = [groups[position] for position in picked(self.model, where)]
-        frozen = [array for array in chosen if not isinstance(array, _Group)]
-        if frozen:
+        places = self.with_arrays([_Place(index) for index in range(len(self.arrays))])
+        rule = "be a function that returns parameter arrays of the model, or modules of them"
+        remedy = f"For instance lambda m: [m.{self.names[0]}]. The arrays that move are {', '.join(self.names)}."
+        try:
+            found = jax.tree.leaves(where(places)) if callable(where) else [where]
+        except Exception as error:
+            raise _check.fail("where", rule, f"one that failed ({type(error).__name__}: {error})", remedy) from error
+        strange = [part for part in found if not isinstance(part, _Place)]
+        if strange or not found:
             raise _check.fail(
-                "where",
-                "pick arrays that move",
-                f"one that picks {len(frozen)} that do not",
-                f"They are {', '.join(self.names)}.",
+                "where", rule, f"one that returns {type(strange[0]).__name__ if strange else 'none'}", remedy
             )
-        return tuple(sorted(group.index for group in chosen))
+        indices = tuple(place.index for place in found)
+        if len(set(indices)) != len(indices):
+            raise _check.fail("where", "return each array once", f"one that returns {len(indices)} with repetitions")
+        return indices
 
 
-class _Group:
-    """What marks the place of a group among the leaves of a model."""
+class _Place:
+    """What stands for a group while a user's function picks groups out of a model."""
 
     def __init__(self, index: int):
         self.index = index

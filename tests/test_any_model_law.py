@@ -168,7 +168,7 @@ def test_where_no_order_is_found_and_bad_arguments():
     model = Convolutions(jnp.tanh)
     for options, words in (
         ({"layers": [0]}, "layers must choose among the layers of a perceptron"),
-        ({"where": lambda m: [m.conv1, 3]}, "where must pick floating-point arrays"),
+        ({"where": lambda m: [m.conv1, 3]}, "where must be a function that returns parameter arrays"),
         ({"where": lambda m: [m.conv1], "layers": [0]}, "layers must not be given together with where"),
     ):
         with pytest.raises(ValueError, match=words):

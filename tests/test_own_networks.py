@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import integrate
 
 import saddlejax as sj
 from saddlejax.networks import AbstractNetwork
@@ -54,6 +55,38 @@ def test_flows_of_an_activation_with_a_number_in_it():
     np.testing.assert_allclose(jax.vmap(jax.grad(flow_time))(SLOPES), derivatives, rtol=1e-4)
     forward = jax.jvp(flow_time, (SLOPES[2],), (jnp.ones(()),))[1]
     np.testing.assert_allclose(forward, derivatives[2], rtol=1e-4)
+
+
+def test_the_numbers_of_an_activation_can_be_trained():
+    """Of three equal factors, `f = u³`: `du/dt = u² (1 − u³)`."""
+    start, end = 0.05, (1 - 0.5**0.5) ** (1 / 3)
+    net = pair(jnp.asarray(start), start)
+    flow = sj.gradient_flow(net, ONE, HALF, trainable=eqx.is_inexact_array, rtol=1e-6, save=SMALL)
+    expected = integrate.quad(lambda u: 1 / (u**2 * (1 - u**3)), start, end)[0]
+    np.testing.assert_allclose(flow.escape_time, expected, rtol=1e-4)
+    np.testing.assert_allclose([flow.net.activation.slope, *jnp.ravel(jnp.asarray(flow.net.weights))], end, rtol=1e-3)
+    assert flow.imbalance is None
+
+
+def test_a_flow_follows_what_a_network_returns_when_called():
+    """`f(x) = x + v tanh(u x)` with one unit a layer, followed by SciPy as well."""
+    x, y = np.array([1.0, 2.0]), np.array([1.8, 2.9])
+
+    def velocity(t, parameters):
+        u, v = parameters
+        h = np.tanh(u * x)
+        error = x + v * h - y
+        return -np.mean([error * v * (1 - h**2) * x, error * h], axis=1)
+
+    def above(t, parameters):
+        u, v = parameters
+        return np.mean((x + v * np.tanh(u * x) - y) ** 2 / 2) - 0.05
+
+    above.terminal = True
+    (expected,) = integrate.solve_ivp(velocity, (0, 30), [0.1, 0.2], events=above, rtol=1e-9, atol=1e-12).t_events[0]
+    net = Residual.from_weights([[[0.1]], [[0.2]]], "tanh")
+    flow = sj.gradient_flow(net, sj.Task(x[:, None], y[:, None]), sj.Loss(0.05), rtol=1e-6, save=SMALL)
+    np.testing.assert_allclose(flow.times[-1], expected, rtol=1e-4)
 
 
 def test_a_flow_keeps_the_numbers_of_its_activation():
@@ -269,7 +302,7 @@ def test_the_remedy_for_another_perceptron_works():
 
 def test_networks_that_come_in_a_batch_are_refused():
     nets = jax.vmap(lambda scale: sj.scale_layers(sj.MLP([2, 2, 2], key=KEY), scale))(SLOPES)
-    with pytest.raises(ValueError, match=r"net\.weights\[0\] must be a matrix"):
+    with pytest.raises(ValueError, match=r"model\.weights\[0\] must be a matrix"):
         sj.gradient_flow(nets, TASK)
 
 

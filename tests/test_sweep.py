@@ -102,8 +102,8 @@ def recurrence(ratio):
         done, left, x = state
         return done + 1, left, ratio * x + 1
 
-    def advance(plan, state, attempts):
-        return jax.lax.fori_loop(0, attempts, lambda _, s: jax.lax.cond(s[0] < s[1], step, lambda s: s, s), state)
+    def advance(plan, state):
+        return jax.lax.fori_loop(0, 4, lambda _, s: jax.lax.cond(s[0] < s[1], step, lambda s: s, s), state)
 
     return Resumable(
         plan=lambda own: own,
@@ -119,7 +119,7 @@ def test_a_refilled_batch_keeps_its_slots_busy():
     steps = np.random.default_rng(0).geometric(0.03, 400)
     first, ratio = np.linspace(0, 1, 400), 0.9
     lanes = {"steps": jnp.asarray(steps), "first": jnp.asarray(first)}
-    run = jax.jit(lambda count: refilled_map(recurrence(ratio), lanes, count, 16, attempts=4))
+    run = jax.jit(lambda count: refilled_map(recurrence(ratio), lanes, count, 16))
     want = first * ratio**steps + (1 - ratio**steps) / (1 - ratio)
     chunks = -(-steps // 4)
     for count in (400, 7):

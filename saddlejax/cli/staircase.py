@@ -18,7 +18,8 @@ from ..flow import Flow, Loss, Save, Status, gradient_flow
 from ..flow._gradient_flow import KINKED_RTOL, STIFF_RTOL
 from ..flow.plateaus import Plateaus, interval
 from ..networks.activation_class import slope_jumps
-from ..networks.mlp import MLP, scale_layers
+from ..networks.mlp import MLP
+from ..scaling import scale_layers
 from ..tasks.task import zero_loss
 from ._app import NOT_REACHED, app, complete, console, write_numbers
 

@@ -15,7 +15,7 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from .._host.threads import one_blas_thread
 from ..networks.activation_class import slope_jumps, value_at_zero
-from ..networks.mlp import AbstractNetwork
+from ..networks.network import AbstractNetwork
 from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
@@ -27,7 +27,7 @@ from .record import Row, Save, imbalance_residual
 from .result import Flow, trim
 from .rounding import least_factor
 from .solvers import PlateauSolver
-from .state import ClockState
+from .state import ClockState, Memory
 from .status import AS_ASKED, Status
 from .task_reference import TaskReference
 from .until import AbstractUntil
@@ -49,7 +49,7 @@ def gradient_flow(
     until: AbstractUntil | None = None,
     *,
     trainable: Trainable | None = None,
-    rtol: float | Array | None = None,
+    rtol: float | int | Array | None = None,
     save: Save | None = None,
     solver: dfx.AbstractERK | None = None,
     max_steps: int = 4096,
@@ -225,9 +225,8 @@ def _changing(plan: FlowPlan, found: Integration, stiff_rtol: Array) -> tuple[In
             patience=jnp.full_like(steps.patience, waits),
         )
         patience *= 1 if exponential else 2
-        state = eqx.tree_at(
-            lambda y: y.memory, last.state, last.state.memory._replace(unsuited=jnp.zeros_like(steps.rtol))
-        )
+        memory = _for_other_steps(last.state.memory)
+        state = eqx.tree_at(lambda y: y.memory, last.state, memory)
         with one_blas_thread():
             new, status, log_time = jax.block_until_ready(
                 _go_on(problem, first, state, until, save, kind, last.step_size)
@@ -235,6 +234,12 @@ def _changing(plan: FlowPlan, found: Integration, stiff_rtol: Array) -> tuple[In
         stretches.append(new)
         found = Integration(first, new, status, log_time)
     return found, stretches
+
+
+def _for_other_steps(memory: Memory) -> Memory:
+    """The memory where another kind of step takes over, whose gradient norm is another one where errors dominate it."""
+    zero = jnp.zeros_like(memory.unsuited)
+    return memory._replace(unsuited=zero, rises=zero, log_lowest=zero + jnp.inf)
 
 
 def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow:

@@ -39,7 +39,7 @@ class PlateauClock(eqx.Module):
         """The vector field `d(state)/ds`."""
         return dfx.ODETerm(velocity)
 
-    def event(self, until: AbstractUntil | None = None, rtol: float | Array = 1e-4) -> dfx.Event:
+    def event(self, until: AbstractUntil | None = None, rtol: float | int | Array = 1e-4) -> dfx.Event:
         """The end of a flow as a `diffrax.Event`, located to a hundredth of `rtol` in `s`."""
         until = checked_until(until)
         dtype = self.y0.vector.dtype
@@ -114,5 +114,6 @@ def plateau_clock(
 def clock_of(problem: Problem) -> PlateauClock:
     """The plateau clock of a problem that is checked already."""
     field, vector, rate = start(problem)
-    memory = remember(nothing_yet(field.log_time_unit), field, vector, rate)
+    nothing = nothing_yet(field.log_time_unit)
+    memory = remember(nothing, field, vector, rate, nothing.unsuited, nothing.unsuited)
     return PlateauClock(field, ClockState.unknown(vector, memory), rate)

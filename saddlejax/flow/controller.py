@@ -157,10 +157,10 @@ def next_step_size(
     error: Float[Array, ""],
     accepted: Bool[Array, ""],
     failed: Bool[Array, ""],
-    order: float,
+    order: float | int,
     min_step: Float[Array, ""],
     largest_growth: float,
-    longest_step: float,
+    longest_step: float | int,
     loss: Float[Array, ""],
 ) -> StepSize:
     """The next size from the error in units of the tolerance.

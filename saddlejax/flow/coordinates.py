@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from ..parameters import GroupShapes
 
 

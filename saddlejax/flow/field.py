@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from ..objective import AbstractObjective, Problem
 from ..parameters import Parameters, rank
 from .coordinates import to_coordinates

@@ -133,7 +133,10 @@ def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     memory = state.memory
     rose = memory.log_highest > memory.log_first
     fallen = field.log_gradient_norm(state.vector, state.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
-    return ~rose & (fallen | (field.layout.split(state.rate).loss < NO_PLATEAU_LOSS * field.plateau))
+    loss = field.layout.split(state.rate).loss
+    if not field.perceptron:  # a bias that finds its minimum leaves the plateau as it is
+        fallen = fallen & (loss < field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau))
+    return ~rose & (fallen | (loss < NO_PLATEAU_LOSS * field.plateau))
 
 
 class Place(NamedTuple):

@@ -10,6 +10,8 @@ from .state import Memory
 
 LEAST_ERROR, LARGEST_SHARE = 30, 0.1
 LOSS_ROUNDING = 100
+RISE = 0.01
+ERROR_OF_GROUPS = 1e-3
 
 
 def smallest_share(rtol: Float[Array, ""]) -> Float[Array, ""]:
@@ -21,23 +23,35 @@ def nothing_yet(like: Float[Array, ""]) -> Memory:
     """The memory before the first step."""
     zero = jnp.zeros_like(like)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, zero, zero, zero)
+    return Memory(one, one, -inf, -inf, -inf, inf, inf, zero, zero, zero, zero)
 
 
 def remember(
-    before: Memory, field: PlateauField, vector: Float[Array, " state"], rate: Float[Array, " state"]
+    before: Memory,
+    field: PlateauField,
+    vector: Float[Array, " state"],
+    rate: Float[Array, " state"],
+    unsuited: Float[Array, ""],
+    fastest: Float[Array, ""],
 ) -> Memory:
-    """The memory after one more state, whose rate is known. Whether it is at rest is judged by its gradient alone."""
+    """The memory after one more state, whose rate is known. Whether it is at rest is judged by its gradient alone.
+
+    `fastest` is the largest rate of decay per unit of `s`. Errors of a step along such directions make the gradient norm
+    go up and down where the gradient is small beside them, as where a bias has found its minimum.
+    """
     here, moving = field.layout.split(vector).coordinates, field.layout.split(rate)
     share = cancellation(field, vector, rate)
     log_gradient = field.log_gradient_norm(vector, rate)
     sensitivity = log_sensitivity(here.log_norms()) if field.perceptron else jnp.zeros_like(log_gradient)
     highest = jnp.maximum(before.log_highest, log_gradient)
     # After the first escape something may grow that was too small to be there.
-    fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lowest)
+    fallen = (log_gradient < highest - 1) | jnp.isfinite(before.log_lost)
     lost = dormant_lost(field.scales.log_sizes, here.log_norms())
-    lowest = jnp.where(fallen & lost, jnp.minimum(before.log_lowest, log_gradient), jnp.inf)
+    log_lost = jnp.where(fallen & lost, jnp.minimum(before.log_lost, log_gradient), jnp.inf)
+    lowest = jnp.minimum(before.log_lowest, log_gradient)
     ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
+    log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
+    log_errors = jnp.log(ERROR_OF_GROUPS * fastest) + jnp.max(here.log_norms()) - log_tau
     rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
     after = Memory(
         share=share,
@@ -46,9 +60,11 @@ def remember(
         log_first=jnp.where(jnp.isneginf(before.log_first), log_gradient, before.log_first),
         log_highest=highest,
         log_lowest=lowest,
-        dormant_lost=jnp.maximum(before.dormant_lost, log_gradient > lowest + 1),
+        log_lost=log_lost,
+        dormant_lost=jnp.maximum(before.dormant_lost, log_gradient > log_lost + 1),
         at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
-        unsuited=before.unsuited,
+        rises=jnp.where((log_gradient > lowest + RISE) & (log_gradient > log_errors), 1.0, 0.0).astype(share.dtype),
+        unsuited=unsuited,
     )
     return jax.lax.stop_gradient(after)
 

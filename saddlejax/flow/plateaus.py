@@ -17,7 +17,6 @@ from .._host.interrupt import safe_to_interrupt
 from .._numerics import power_of_ten
 from ..curvature.stationary import StationaryPoint, nearby_stationary_point
 from ..networks.activation_class import slope_jumps
-from ..networks.mlp import AbstractNetwork, is_perceptron
 from ..parameters import Parameters
 from ..tasks.task import Task
 from .rounding import log_gradient_rounding, log_sensitivity
@@ -199,13 +198,13 @@ def plateaus(
 
     known = np.flatnonzero(np.isfinite(np.asarray(flow.losses)))
     log_times, losses = np.asarray(flow.log_times, float)[known], np.asarray(flow.losses, float)[known]
-    perceptron = isinstance(flow.net, AbstractNetwork) and is_perceptron(flow.net)
+    perceptron = flow.imbalance is not None
     log_gradients, rounding = _log_gradients(flow, known, perceptron)
     slopes = 2 * np.maximum(log_gradients, rounding)
     matrices = [i for i, values in enumerate(flow.singular_values) if values is not None]
     spectra = [np.asarray(flow.singular_values[i])[known] for i in matrices]
-    parameters = Parameters.of(flow.net, _moved(flow))
-    names = parameters.names
+    moved = _moved(flow)
+    parameters = Parameters.of(flow.net, moved)
 
     def at(row: int) -> PyTree:
         assert flow.weights is not None
@@ -251,21 +250,20 @@ def plateaus(
                 ranks=ranks,
                 stable_ranks=tuple(_stable_rank(s[bottom]) for s in spectra),
                 bottleneck_rank=bottleneck,
-                saddle=nearby_stationary_point(at(row), task, _moved(flow)) if polish and task is not None else None,
+                saddle=nearby_stationary_point(at(row), task, moved) if polish and task is not None else None,
                 log_end_error=errors[i],
             )
         )
     kinked = perceptron and flow.net.depth > 1 and slope_jumps(flow.net.activation)
-    groups = tuple(names[i] for i in matrices)
+    groups = tuple(flow.names[i] for i in matrices)
     return Plateaus(tuple(found), groups, rank_tolerance, known_roughly=kinked and check is None)
 
 
-def _moved(flow: Flow) -> PyTree[bool] | None:
+def _moved(flow: Flow) -> PyTree[bool]:
     """Which leaves of the model moved along the flow."""
-    names = getattr(flow, "names", None)
-    if names is None:
-        return None
-    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).lstrip(".") in names, flow.net)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path).lstrip(".") in flow.names, flow.net
+    )
 
 
 def _log_gradients(flow: Flow, rows: np.ndarray, perceptron: bool) -> tuple[np.ndarray, np.ndarray]:

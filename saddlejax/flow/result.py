@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
 from .._numerics import power_of_ten as power_of_ten
-from ..networks.mlp import AbstractNetwork
+from ..networks.network import AbstractNetwork
 from ..tasks.task import Task
 from .plateaus import Plateaus, plateaus
 from .status import Status
@@ -88,24 +88,24 @@ class Flow(eqx.Module):
         return "all steps are taken" if self.until is None else self.until.describe()
 
     @property
-    def escape_time(self) -> Float[Array, ""]:
+    def escape_time(self) -> Float[Array, "*lanes"]:
         """The time `t` of the escape; NaN unless the status is `escaped`, infinite where it overflows."""
         return jnp.exp(self.log_escape_time)
 
     @property
-    def times(self) -> Float[Array, " rows"]:
+    def times(self) -> Float[Array, "*lanes rows"]:
         """The times `t` of the rows, in units of `dθ/dt = −∇𝓛`; infinite where they overflow."""
         return jnp.exp(self.log_times)
 
     @property
-    def loss_drop(self) -> Float[Array, ""]:
+    def loss_drop(self) -> Float[Array, "*lanes"]:
         """The share of the loss that is lost between the first and the last row; one number a flow of a batch."""
         last = jnp.maximum(jnp.sum(self.steps >= 0, axis=-1) - 1, 0)
         first = self.losses[..., 0]
         return (first - jnp.take_along_axis(self.losses, last[..., None], axis=-1)[..., 0]) / first
 
     @property
-    def energy_error(self) -> Float[Array, ""]:
+    def energy_error(self) -> Float[Array, "*lanes"]:
         """`|𝓛(0) − 𝓛(t) − ∫ ‖∇𝓛‖² dt|` at the last row, relative to the loss lost; one number a flow of a batch.
 
         Zero for the exact flow of any model. A consistency check of the integration, not a bound on the error of the escape
@@ -121,7 +121,7 @@ class Flow(eqx.Module):
         return jnp.abs(lost - spent) / jnp.maximum(jnp.abs(lost), least)
 
     @property
-    def imbalance_error(self) -> Float[Array, ""]:
+    def imbalance_error(self) -> Float[Array, "*lanes"]:
         """The largest relative violation of the imbalance identity over rows and layers; of perceptrons only.
 
         A consistency check of the integration, not a bound on the error of the escape time; it is blind where layers are equal.

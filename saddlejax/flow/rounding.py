@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..networks.mlp import AbstractNetwork, preactivations
+from ..networks.network import AbstractNetwork, preactivations
 from ..parameters import rank
 from ..tasks.task import Task
 

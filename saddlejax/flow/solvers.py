@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _check
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from .field import PlateauField
 from .memory import remember
 from .state import ClockState, Memory
@@ -94,9 +94,9 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         )
         moves = within["k"]
         rate = moves[-1] / (t1 - t0)
-        memory = remember(y0.memory, args, vector, rate)
-        stiff = self._stiffness(y0.vector, vector, moves) > STABILITY_LIMIT
-        memory = memory._replace(unsuited=jnp.where(stiff, y0.memory.unsuited + 1, 0))
+        stiffness = self._stiffness(y0.vector, vector, moves)
+        unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiffness > STABILITY_LIMIT, 1, -1), 0)
+        memory = remember(y0.memory, args, vector, rate, unsuited, stiffness / (t1 - t0))
         zero = jnp.zeros_like(vector)
         y1 = ClockState(vector, rate, memory, jnp.zeros_like(y0.error))
         wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))

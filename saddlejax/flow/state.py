@@ -56,11 +56,12 @@ class Memory(NamedTuple):
     - `share`: how small a part of the parameters the error must be small beside, one unless they nearly cancel.
     - `least_share`: the smallest of these so far.
     - `log_ratio`: the largest logarithm so far of the gradient norm over what it is proportional to.
-    - `log_first`, `log_highest`, `log_lowest`: logarithms of the gradient norm at the start, of the largest so far, and of
-      the smallest since dormant parts were lost.
+    - `log_first`, `log_highest`, `log_lowest`: logarithms of the gradient norm at the start, of the largest and of the
+      smallest so far; `log_lost`: of the smallest since dormant parts were lost.
     - `dormant_lost`: one where something smaller than rounding has grown all the same.
     - `at_rest`: one where nothing but rounding moves the parameters any more.
-    - `unsuited`: for how many steps in a row another kind of step would have paid.
+    - `rises`: one where the gradient norm has risen from its smallest value, by more than an error of the steps.
+    - `unsuited`: how many steps more than others would have paid as steps of another kind.
     """
 
     share: Float[Array, ""]
@@ -69,8 +70,10 @@ class Memory(NamedTuple):
     log_first: Float[Array, ""]
     log_highest: Float[Array, ""]
     log_lowest: Float[Array, ""]
+    log_lost: Float[Array, ""]
     dormant_lost: Float[Array, ""]
     at_rest: Float[Array, ""]
+    rises: Float[Array, ""]
     unsuited: Float[Array, ""]
 
 

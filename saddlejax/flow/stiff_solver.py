@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..networks.mlp import safe_norm
+from .._numerics import safe_norm
 from ..parameters import GroupShapes
 from .coordinates import Coordinates, to_coordinates
 from .exponential import ExponentialRosenbrock, Work
@@ -27,6 +27,7 @@ STABILITY = 3.3
 PRODUCT_COST = 1.8
 """What a Hessian-vector product costs, in gradients."""
 EXPLICIT_STAGES = 6
+WORTH_CHANGING = 0.5
 
 
 def _integration() -> np.ndarray:
@@ -148,7 +149,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         passed = layout.split(states[-1])
         vector = layout.join(passed._replace(coordinates=to_coordinates(ends)))
 
-        memory = remember(y0.memory, field, vector, rate_end)
+        memory = remember(y0.memory, field, vector, rate_end, y0.error, step.fastest)
         growing = step.largest * before.time > GROWING * moving.time
         rests = ~growing & _is_rounding(*jax.jvp(velocity, (theta + step.end,), (theta + step.end,)), shapes)
         rests = rests | (layout.split(rate_end).time == 0)
@@ -156,7 +157,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         cost = PRODUCT_COST * step.work.products + 2 * len(NODES)
         memory = memory._replace(
             at_rest=jnp.where(rests, 1, 0).astype(vector.dtype),
-            unsuited=jnp.where(explicit < cost, y0.memory.unsuited + 1, 0),
+            unsuited=jnp.maximum(y0.memory.unsuited + jnp.where(explicit < WORTH_CHANGING * cost, 1, -1), 0),
         )
         y1 = ClockState(vector, rate_end, memory, jnp.zeros_like(y0.error))
         wrong = eqx.tree_at(lambda y: y.error, jax.tree.map(jnp.zeros_like, y1), graded(shapes.split(step.estimate)))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
-from .field import PlateauField
+from .field import PlateauField, known
 from .state import ClockState
 from .status import Status
 
@@ -65,7 +65,7 @@ class Escape(AbstractUntil):
     reached: ClassVar[Status] = Status.escaped
     asks_for_escape: ClassVar[bool] = True
 
-    def __init__(self, loss_fraction: float | Array | None = None):
+    def __init__(self, loss_fraction: float | int | Array | None = None):
         if loss_fraction is not None:
             _check.positive_number("loss_fraction", loss_fraction)
             if _check.is_concrete(loss_fraction) and not np.all(np.asarray(loss_fraction) < 1):
@@ -79,7 +79,10 @@ class Escape(AbstractUntil):
 
     def condition(self, field: PlateauField, state: ClockState) -> Float[Array, ""]:
         if self.loss_fraction is None:
-            return -field.growth(state)
+            growth = field.growth(state)
+            # A maximum after no rise is one of errors. What is remembered does not tell for steps of other solvers.
+            counts = ~known(state) | (state.memory.rises > 0)
+            return jnp.where(counts, -growth, -jnp.abs(growth))
         return self.loss_fraction * field.plateau - field.loss(state)
 
     def describe(self) -> str:
@@ -95,7 +98,7 @@ class Time(AbstractUntil):
     reached: ClassVar[Status] = Status.time_reached
     asks_for_escape: ClassVar[bool] = False
 
-    def __init__(self, time: float | Array):
+    def __init__(self, time: float | int | Array):
         _check.positive_number("time", time)
         self.time = jnp.asarray(time, dtype=float)
 
@@ -123,7 +126,7 @@ class Loss(AbstractUntil):
     reached: ClassVar[Status] = Status.loss_reached
     asks_for_escape: ClassVar[bool] = False
 
-    def __init__(self, value: float | Array):
+    def __init__(self, value: float | int | Array):
         _check.finite("value", value)
         self.value = jnp.asarray(value, dtype=float)
 

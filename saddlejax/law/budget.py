@@ -9,12 +9,12 @@ import scipy
 from jaxtyping import Array, PyTree
 
 from .. import _check
+from ..bottleneck import chosen_groups, scale_groups
 from ..flow import Status
 from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..saddle.order import in_double
 from ..tasks.task import Task
-from .bottleneck import chosen_groups, scale_groups
 from .predict import predicted
 
 MOST_STRIDES = 6
@@ -100,7 +100,7 @@ def bottleneck_for_steps(
         _check.positive_number(name, value)
     problem = as_problem(model, task, trainable)
     count = len(problem.parameters.arrays)
-    candidates = tuple(range(count)) if where is None else problem.parameters.indices(where)
+    candidates = tuple(range(count)) if where is None else tuple(sorted(problem.parameters.indices(where)))
     allowed = 0
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         double = in_double(problem)

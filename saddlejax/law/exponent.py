@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import _check
+from ..bottleneck import chosen_groups
 from ..flow import Escape, Save, gradient_flow
 from ..objective import LossObjective, Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
-from .bottleneck import chosen_groups
 
 
 def critical_exponent(
@@ -24,7 +24,7 @@ def critical_exponent(
     *,
     where: Callable[[Any], Any] | None = None,
     trainable: Trainable | None = None,
-    rtol: float | Array | None = None,
+    rtol: float | int | Array | None = None,
 ) -> Float[Array, ""]:
     """The local exponent `−d log τ/d log ε` of the escape time in the scale of the small layers, or of any groups.
 
@@ -63,7 +63,7 @@ def _exponent(
     until: Escape,
     mask: Bool[Array, " groups"],
     trainable: Trainable | None,
-    rtol: float | Array | None,
+    rtol: float | int | Array | None,
 ) -> Float[Array, ""]:
     task = problem.task if problem.task is not None else _function(problem)
 

@@ -7,14 +7,14 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from .._numerics import safe_norm
+from ..bottleneck import init_scales
 from ..curvature.sharpness import sharpness
 from ..flow import Status
 from ..networks.activations import Activation, ActivationParts
-from ..networks.network import AbstractNetwork, AbstractNetworkOfParts, Weights, layer_norms, preactivations, predict
-from ..objective import task_loss
+from ..networks.network import AbstractNetwork, AbstractNetworkOfParts, Weights, layer_norms, preactivations
+from ..objective import outputs, task_loss
 from ..saddle.origin import Tangent, pull
 from ..tasks.task import Task, zero_loss
-from .bottleneck import init_scales
 from .follow import follow, one_minus_overlap, share_of_optimum, steepest_energy
 from .prediction import LEADING_ORDER, SIGNAL_ROUNDING, EscapePrediction
 
@@ -34,7 +34,7 @@ def predict_from_leading_order(
         return net.with_weights([*net.weights[:first], *upper.weights])
 
     def steepest(upper: "UpperLayers") -> Array:
-        return steepest_energy(task, 0.0, predict(whole(upper), task.x), order)
+        return steepest_energy(task, 0.0, outputs(whole(upper), task.x), order)
 
     plateau, zero = zero_loss(task), jnp.zeros((), task.x.dtype)
     done = follow(small, linear_task.x, linear_task.y / len(linear_task.x), zero, plateau, steepest)

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, PyTree
 
 from .. import _check
 from .._numerics import safe_norm
+from ..bottleneck import group_scales
 from ..curvature.sharpness import sharpness
 from ..flow import Escape, Save, Status, gradient_flow
 from ..objective import LossObjective, Problem, outputs
 from ..parameters import Parameters, Trainable
 from ..saddle.order import SaddleOrder, saddle_point
-from .bottleneck import group_scales
 from .follow import Followed, follow, share_of_optimum, steepest_energy
 from .prediction import LINEAR_LOSS, WHOLE_LOSS, EscapePrediction
 

@@ -10,13 +10,13 @@ from jaxtyping import Array, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
+from ..bottleneck import chosen_groups
 from ..networks.activation_class import value_at_zero
 from ..objective import Problem, as_problem, output_slopes
 from ..parameters import Trainable
 from ..saddle.order import in_widest
 from ..saddle.origin import has_tangent, tangent
 from ..tasks.task import Task
-from .bottleneck import chosen_groups
 from .leading_order import predict_from_leading_order
 from .linear_loss import predict_from_linear_loss, predict_from_whole_loss
 from .prediction import EscapePrediction
@@ -26,7 +26,7 @@ from .prediction import EscapePrediction
 def predict_escape(
     model: PyTree,
     task: Task | Callable[[Any], Array],
-    learning_rate: float | Array | None = None,
+    learning_rate: float | int | Array | None = None,
     layers: Sequence[int] | int | None = None,
     *,
     where: Callable[[Any], Any] | None = None,

@@ -1,7 +1,7 @@
 """The symmetric submanifolds: wide networks of identical neurons, reduced to narrow ones, and what happens beside them."""
 
+from ..networks.block_mlp import BlockMLP as BlockMLP
 from .blocks import Blocks as Blocks
-from .network import BlockMLP as BlockMLP
 from .reduction import distance as distance, expand as expand, project as project, reduce as reduce
 from .scalar_chain import balanced_log_times as balanced_log_times, chain as chain
 from .transverse import (

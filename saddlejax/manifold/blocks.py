@@ -9,12 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _check
+from ..networks.block_mlp import Labels, block_sizes
 from ..networks.network import Weights
 
 Blocks = int | np.integer | Sequence[int | Sequence[int] | np.ndarray] | np.ndarray | Array
 """How to divide hidden layers: a number of blocks for all of them, or for each layer a number or one label a neuron."""
-
-Labels = tuple[int, ...]
 
 
 def hidden_labels(blocks: Blocks, widths: Sequence[int], argument: str = "blocks") -> tuple[Labels, ...]:
@@ -57,11 +56,6 @@ def _layer_labels(entry: Any, width: int, argument: str) -> Labels:
     if set(labels.tolist()) != set(range(int(labels.max()) + 1)):
         raise _check.fail(argument, "use every label from 0 to the largest", sorted(set(labels.tolist())))
     return tuple(int(label) for label in labels)
-
-
-def block_sizes(labels: Labels) -> np.ndarray:
-    """The numbers `m[p]` of neurons in each block."""
-    return np.bincount(labels)
 
 
 def isometry(labels: Labels, dtype: Any) -> Float[Array, "neurons blocks"]:

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from .. import _check
 from .._numerics import safe_norm
+from ..networks.block_mlp import BlockMLP
 from ..networks.checks import check_network
 from ..networks.mlp import MLP
 from ..networks.network import AbstractNetwork
 from .blocks import Blocks, compress, hidden_labels, spread
-from .network import BlockMLP
 
 
 def reduce(net: MLP, blocks: Blocks = 1) -> BlockMLP:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 from .. import _check
 from .._numerics import Numbers
 from ..networks.activations import Activation
+from ..networks.block_mlp import BlockMLP
 from ..objective import task_loss
 from ..saddle.origin import origin_matrix
 from ..tasks.task import Task
-from .network import BlockMLP
 
 QUADRATURE_NODES = 80
 PANELS_PER_UNIT = 4

@@ -78,7 +78,7 @@ def transverse_amplification(
     until: AbstractUntil | None = None,
     *,
     key: PRNGKeyArray,
-    rtol: float | Array | None = None,
+    rtol: float | int | Array | None = None,
 ) -> tuple[Float[Array, " rows"], Flow]:
     """How much a small random perturbation across the submanifold has grown along the flow from a symmetric network.
 

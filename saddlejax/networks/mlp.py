@@ -11,21 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpy.typing import ArrayLike
 
 from .. import _check
-from .._numerics import in_precision, safe_norm as safe_norm, standard_normal
+from .._numerics import standard_normal
 from .activations import Activation, ActivationParts, activation_name
-from .checks import check_network as check_network, check_weights as check_weights, is_perceptron as is_perceptron
-from .network import (
-    AbstractNetwork as AbstractNetwork,
-    AbstractNetworkOfParts as AbstractNetworkOfParts,
-    Net as Net,
-    Weights as Weights,
-    layer_norms as layer_norms,
-    preactivations as preactivations,
-    predict as predict,
-)
-from .scaling import scale_layers as scale_layers
-
-cast = in_precision  # for modules that look for it here still
+from .checks import check_weights
+from .network import AbstractNetworkOfParts, Weights
 
 
 class MLP(AbstractNetworkOfParts):

@@ -2,7 +2,6 @@
 
 import abc
 from collections.abc import Sequence
-from functools import singledispatch
 from typing import TypeVar
 
 import equinox as eqx
@@ -48,7 +47,7 @@ class AbstractNetwork(eqx.Module):
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
         """The output `f(x)` for one sample."""
-        return predict(self, x)
+        return preactivations(self, x)[-1]
 
     def with_weights(self: "Net", weights: Sequence[Array]) -> "Net":
         """The same network with other weights."""
@@ -80,12 +79,6 @@ def preactivations(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> list[F
         h = net.activation(zs[-1]) if layer > 0 else h
         zs.append(jnp.matmul(h, matrix.T, precision="highest"))
     return zs
-
-
-@singledispatch
-def predict(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-    """The outputs for a sample or a batch. Networks that store their layers in another way register their own."""
-    return preactivations(net, x)[-1]
 
 
 def layer_norms(net: AbstractNetwork) -> Float[Array, " layers"]:

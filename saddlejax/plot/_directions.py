@@ -9,7 +9,7 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 
 from .._check import not_traced
-from ..networks.mlp import AbstractNetwork
+from ..networks.network import AbstractNetwork
 from ..saddle import EscapeDirection
 from ..saddle.low_rank import singular_values as singular_values_of
 from ._style import COLOURS, DASHES, GREY, MARKERS, quiet

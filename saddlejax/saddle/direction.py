@@ -87,7 +87,11 @@ def escape_direction(
     if not isinstance(sizes, Sequence | np.ndarray | int):
         model, problem = sizes, as_problem(sizes, task, trainable)
         if not (problem.perceptron and where is None and _has_direction(problem)):
-            small = tuple(range(len(problem.parameters.arrays))) if where is None else problem.parameters.indices(where)
+            small = (
+                tuple(range(len(problem.parameters.arrays)))
+                if where is None
+                else tuple(sorted(problem.parameters.indices(where)))
+            )
             return model_direction(problem, small, starts, key)
         sizes, activation = model.sizes, model.activation
     if not isinstance(task, Task):

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..networks.fits import check_perceptron_fits, match_precision
-from ..networks.network import AbstractNetwork, predict
+from ..networks.network import AbstractNetwork
+from ..objective import outputs
 from ..tasks.task import Task
 from .ascent import unit_layers
 from .origin import Origin, energy, pull, tangent
@@ -22,7 +23,7 @@ def signal_energy(net: AbstractNetwork, task: Task) -> Float[Array, ""]:
     """
     check_perceptron_fits(net, task)
     net, task = match_precision(net, task)
-    return jnp.sum(pull(task) * predict(net, task.x))
+    return jnp.sum(pull(task) * outputs(net, task.x))
 
 
 def instantaneous_speed(net: AbstractNetwork, task: Task) -> Float[Array, ""]:

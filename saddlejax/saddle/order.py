@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from .._numerics import in_precision, safe_norm
-from ..law.bottleneck import chosen_groups
+from ..bottleneck import chosen_groups
 from ..objective import Problem, TaskObjective, as_problem, outputs
 from ..parameters import Trainable
 from ..tasks.task import Task

@@ -21,7 +21,7 @@ from ..saddle import escape_direction
 from ..tasks.task import Task
 from .directions import DirectionProblem
 from .execute import Progress, execute
-from .flows import FlowProblem
+from .flows import FlowProblem, keeps_ends_only
 from .grid import Axis, Grid
 from .identity import described
 from .measures import DIRECTION_VARIABLES, FLOW_VARIABLES, custom
@@ -75,7 +75,7 @@ def sweep(
     - `of`: `saddlejax.gradient_flow` (the default) or `saddlejax.escape_direction`, which takes neither `bottleneck`
       nor `scale`.
     - `options`: further arguments of `of`. For flows `until`, `rtol`, `dtype`, `max_steps`, `solver`, `stiff`, each a
-      value or a list, and `save` ([`saddlejax.Save`][], by default the first and the last row); for directions `starts`.
+      value or a list, and `save` ([`saddlejax.Save`][], by default the first and the last row; a batch keeps no more); for directions `starts`.
     - `measure`: functions of the final [`saddlejax.Flow`][] or of the escape direction, by name. They are traced by JAX;
       where the shape of what they return depends on the depth or the width, it is filled up with NaN.
     - `store`: a folder for a Zarr store. Results are written block by block; called again after any interruption, the
@@ -213,14 +213,10 @@ def _flows(
         axes, lists={name for name in ("width", *known) if _is_list({"width": width, **given}.get(name))}
     )
     variables = custom(measure, FLOW_VARIABLES)
-    return FlowProblem(
-        task,
-        grid,
-        tuple(variables.items()),
-        options.get("save") or Save(steps=False, singular_values=False),
-        fixed,
-        batch,
-    )
+    save = options.get("save") or Save(steps=False, singular_values=False)
+    if (batch or 1) > 1 and not keeps_ends_only(save):
+        raise _check.fail("save", "be Save(steps=False) where flows run in a batch", "one that keeps more rows")
+    return FlowProblem(task, grid, tuple(variables.items()), save, fixed, batch)
 
 
 def _directions(

@@ -107,7 +107,8 @@ class FlowProblem(AbstractProblem):
             return results
         structure, common = self.structure(arguments[there[0]]), self.common(arguments[there[0]])
         values = [self.values(arguments[lane], structure) for lane in there]
-        slots = self.batch or (1 if jax.default_backend() == "cpu" else slots_that_fit(structure, common, values[0]))
+        alone = jax.default_backend() == "cpu" or not keeps_ends_only(self.save)
+        slots = self.batch or (1 if alone else slots_that_fit(structure, common, values[0]))
         if slots == 1:
             found = run_one_by_one(structure, common, values)
         else:
@@ -145,6 +146,11 @@ class FlowProblem(AbstractProblem):
         if None in self._values("rtol"):
             known["rtol"] = DEFAULT_TOLERANCES
         return {"quantity": "gradient flow", "task": str(self.task), **known, "seed_convention": SEEDS}
+
+
+def keeps_ends_only(save: Save) -> bool:
+    """Whether only the first and the last row of a flow are kept, as in a batch."""
+    return save.times is None and not save.steps
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -2,18 +2,24 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 from ..flow import Flow, Save, gradient_flow
+from ..flow.chunks import FlowInChunks, FlowPlan, advance, begin, finish, plan_flow
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
-from ..networks.mlp import MLP, Weights
+from ..networks.mlp import MLP
+from ..networks.network import Weights
 from ..tasks.task import Task
 from .measures import Variable, measured
 from .refill import Resumable
+
+ATTEMPTS = 4
+"""By how many attempted steps the flows of a batch advance together. More of them wait longer for the end of a chunk."""
 
 
 class LaneValues(NamedTuple):
@@ -76,15 +82,32 @@ def initial_weights(sizes: tuple[int, ...], dtype: str, lane: LaneValues) -> Wei
 
 def flow_in_chunks(structure: Structure, common: Common) -> Resumable:
     """The same as `flow_lane` from the initial weights, a few attempts at a time."""
-    from ..flow.chunks import advance, begin, finish, plan_flow, running
-
     task = common.task.astype(structure.dtype)
 
-    def plan(lane: LaneValues) -> PyTree:
+    def plan(lane: LaneValues) -> FlowPlan:
         net = MLP.from_weights(initial_weights(structure.sizes, structure.dtype, lane), structure.activation)
         return plan_flow(net, task, common.until, **_options(structure, common, lane.rtol))
 
-    return Resumable(plan, begin, advance, running, lambda plan, state: measure_flow(structure, finish(plan, state)))
+    def own(flow: FlowInChunks) -> FlowInChunks:
+        """The flow without its problem, so that no slot of a batch has to hold the data."""
+        return eqx.tree_at(_problem_of, flow, (None, None))
+
+    def whole(plan: FlowPlan, flow: FlowInChunks) -> FlowInChunks:
+        problem = (plan.problem.parameters, plan.problem.objective)
+        return eqx.tree_at(_problem_of, flow, problem, is_leaf=lambda leaf: leaf is None)
+
+    return Resumable(
+        plan=plan,
+        begin=lambda plan: own(begin(plan)),
+        advance=lambda plan, flow: own(advance(plan, whole(plan, flow), ATTEMPTS)),
+        running=lambda flow: flow.runs,
+        finish=lambda plan, flow: measure_flow(structure, finish(plan, whole(plan, flow), ATTEMPTS)),
+    )
+
+
+def _problem_of(flow: FlowInChunks) -> tuple[PyTree, PyTree]:
+    field = flow.first.clock.args
+    return field.parameters, field.objective
 
 
 def _options(structure: Structure, common: Common, rtol: Float[Array, ""]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._host.stopping import check_stopped
-from ..networks.mlp import Weights
+from ..networks.network import Weights
 from .lane import Common, LaneValues, Structure, flow_in_chunks, flow_lane, initial_weights
 from .refill import Refilled, refilled_map
 

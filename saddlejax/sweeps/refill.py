@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-ATTEMPTS = 4
 AT_ONCE = 8  # a refill waits for one slot in so many to be free
 
 
@@ -15,8 +14,8 @@ class Resumable(NamedTuple):
     """The computation of one lane, which can be interrupted and gone on with.
 
     - `plan(values)`: what to compute, from the lane's own values.
-    - `begin(plan)`: the state before the first attempt.
-    - `advance(plan, state, attempts)`: the state after at most so many more attempts.
+    - `begin(plan)`: the state before the first step.
+    - `advance(plan, state)`: the state after a chunk of further steps.
     - `running(state)`: whether there is more to do.
     - `finish(plan, state)`: the result.
 
@@ -25,7 +24,7 @@ class Resumable(NamedTuple):
 
     plan: Callable[[Any], PyTree]
     begin: Callable[[Any], PyTree]
-    advance: Callable[[Any, Any, int], PyTree]
+    advance: Callable[[Any, Any], PyTree]
     running: Callable[[Any], Array]
     finish: Callable[[Any, Any], PyTree]
 
@@ -45,7 +44,11 @@ class Refilled(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The states of the slots, the lane that each works on (from `count` on: none), the first lane that waits."""
+    """What the slots hold.
+
+    - `state`: of every slot; `lane`: which lane it works on, −1 before the first one and `count` after the last one.
+    - `waiting`: the first lane that no slot has taken yet.
+    """
 
     state: PyTree
     lane: Int[Array, " slots"]
@@ -55,12 +58,10 @@ class _Batch(NamedTuple):
     busy: Int[Array, ""]
 
 
-def refilled_map(
-    computation: Resumable, lanes: PyTree, count: Int[Array, ""], slots: int, attempts: int = ATTEMPTS
-) -> Refilled:
+def refilled_map(computation: Resumable, lanes: PyTree, count: Int[Array, ""], slots: int) -> Refilled:
     """The results of the first `count` lanes, computed in a batch of `slots`.
 
-    All slots advance together by a chunk of `attempts`, as under `vmap`. As soon as an eighth of them have finished, their
+    All slots advance together by one chunk after another, as under `vmap`. As soon as an eighth of them have finished, their
     results are put aside and the next lanes start there. The results of lanes from `count` on are zeros.
 
     **Arguments:** `lanes`, the own values of the lanes with a leading axis.
@@ -69,35 +70,36 @@ def refilled_map(
     slots = min(slots, total)
     together = max(1, slots // AT_ONCE)
     begin = jax.vmap(lambda values: computation.begin(computation.plan(values)))
-    advance = jax.vmap(lambda values, state: computation.advance(computation.plan(values), state, attempts))
+    advance = jax.vmap(lambda values, state: computation.advance(computation.plan(values), state))
     finish = jax.vmap(lambda values, state: computation.finish(computation.plan(values), state))
     running = jax.vmap(computation.running)
 
-    def values_of(indices: Array) -> PyTree:
-        return jax.tree.map(lambda a: a[jnp.minimum(indices, total - 1)], lanes)
+    def values_of(numbers: Int[Array, " some"]) -> PyTree:
+        return jax.tree.map(lambda a: a[jnp.clip(numbers, 0, total - 1)], lanes)
 
-    def working(batch: _Batch) -> Array:
-        return running(batch.state) & (batch.lane < count)
+    def working(batch: _Batch) -> Bool[Array, " slots"]:
+        return (batch.lane >= 0) & (batch.lane < count) & running(batch.state)
+
+    def worth_refilling(batch: _Batch) -> Bool[Array, ""]:
+        busy = working(batch)
+        free = jnp.sum((batch.lane < count) & ~busy)
+        return (free >= together) | ((free > 0) & ~jnp.any(busy))
 
     def refill(batch: _Batch) -> _Batch:
-        done = ~running(batch.state) & (batch.lane < count)
-        (places,) = jnp.nonzero(done, size=together, fill_value=slots)
-        there = places < slots
-        here = jnp.minimum(places, slots - 1)
-        found = finish(values_of(batch.lane[here]), jax.tree.map(lambda a: a[here], batch.state))
-        to = jnp.where(there, batch.lane[here], total)
-        new = jnp.minimum(jnp.where(there, batch.waiting + jnp.cumsum(there) - 1, count), count)
+        (places,) = jnp.nonzero((batch.lane < count) & ~working(batch), size=together, fill_value=slots)
+        there, here = places < slots, jnp.minimum(places, slots - 1)
+        ended = batch.lane[here]
+        results = finish(values_of(ended), jax.tree.map(lambda a: a[here], batch.state))
+        new = jnp.minimum(batch.waiting + jnp.cumsum(there) - 1, count)
         return batch._replace(
             state=_put(batch.state, places, begin(values_of(new))),
             lane=_put(batch.lane, places, new),
             waiting=jnp.minimum(batch.waiting + jnp.sum(there), count),
-            results=_put(batch.results, to, found),
+            results=_put(batch.results, jnp.where(there & (ended >= 0), ended, total), results),
         )
 
     def body(batch: _Batch) -> _Batch:
-        busy = working(batch)
-        free = jnp.sum((batch.lane < count) & ~busy)
-        batch = jax.lax.cond((free >= together) | ~jnp.any(busy), refill, lambda batch: batch, batch)
+        batch = jax.lax.while_loop(worth_refilling, refill, batch)
         busy = working(batch)
         after = advance(values_of(batch.lane), batch.state)
 
@@ -110,15 +112,13 @@ def refilled_map(
             busy=batch.busy + jnp.sum(busy),
         )
 
-    lane = jnp.minimum(jnp.arange(slots), count)
-    state = begin(values_of(lane))
-    shapes = jax.eval_shape(finish, values_of(lane), state)
-    zero = jnp.zeros((), lane.dtype)
+    states = jax.eval_shape(begin, lanes)
+    zero = jnp.zeros((), int)
     batch = _Batch(
-        state=state,
-        lane=lane,
-        waiting=jnp.minimum(slots, count).astype(lane.dtype),
-        results=jax.tree.map(lambda a: jnp.zeros((total, *a.shape[1:]), a.dtype), shapes),
+        state=_zeros(states, slots),
+        lane=jnp.full(slots, -1),
+        waiting=zero,
+        results=_zeros(jax.eval_shape(finish, lanes, states), total),
         chunks=zero,
         busy=zero,
     )
@@ -126,6 +126,10 @@ def refilled_map(
     return Refilled(batch.results, batch.chunks, batch.busy)
 
 
-def _put(all: PyTree, places: Int[Array, " some"], new: PyTree) -> PyTree:
+def _zeros(shapes: PyTree, rows: int) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros((rows, *a.shape[1:]), a.dtype), shapes)
+
+
+def _put(rows: PyTree, places: Int[Array, " some"], new: PyTree) -> PyTree:
     """Trees of arrays with other rows in some places; places beyond the end are left out."""
-    return jax.tree.map(lambda a, b: a.at[places].set(b.astype(a.dtype), mode="drop"), all, new)
+    return jax.tree.map(lambda a, b: a.at[places].set(b.astype(a.dtype), mode="drop"), rows, new)

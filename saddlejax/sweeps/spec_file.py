@@ -32,7 +32,7 @@ def read_specification(path: str | Path) -> tuple[Task, dict[str, Any]]:
       value or a list; also `scale = {from = 1e-1, to = 1e-5, count = 9}`, spaced geometrically, and `seed = {count = 32}`.
     - `[flow]`: `until`, "escape", `{loss_fraction = 0.5}`, `{time = 1e7}` or `{loss = 0.01}`; `rtol`, `dtype`, `max_steps`.
     - `[direction]` instead of `[flow]`: escape directions; `starts`.
-    - `[run]`: `store`, by default the name of the file with the ending .zarr, beside it; `block`, `batch`, `retries`.
+    - `[run]`: `store`, by default next to the file, with the ending .zarr in place of its own; `block`, `batch`, `retries`.
 
     **Raises:** `ValueError` for what is not TOML, unknown tables or keys, and values that make no sense; `OSError` where
     the file cannot be read.

@@ -113,21 +113,6 @@ def zero_loss(task: Task) -> Float[Array, ""]:
     return task.mean_loss(jnp.zeros((task.samples, task.out_size), task.x.dtype))
 
 
-def __getattr__(name: str) -> Any:
-    """What networks make of a task is found in `networks.fits` and `objective`; for modules that look for it here still."""
-    from .. import objective
-    from ..networks import fits
-
-    moved = {
-        "task_loss": objective.task_loss,
-        "match_precision": fits.match_precision,
-        "check_fits": fits.check_perceptron_fits,
-    }
-    if name not in moved:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return moved[name]
-
-
 def _as_float(values: Any, argument: str) -> Array:
     array = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
     if jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -4,9 +4,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ..networks.activations import Activation, ActivationParts, activation_name
-from ..networks.network import AbstractNetworkOfParts, Weights
-from .blocks import Labels, block_sizes
+from .activations import Activation, ActivationParts, activation_name
+from .network import AbstractNetworkOfParts, Weights
+
+Labels = tuple[int, ...]
+"""The block of every neuron of a layer, counted from 0."""
 
 
 class BlockMLP(AbstractNetworkOfParts):
@@ -45,3 +47,8 @@ class BlockMLP(AbstractNetworkOfParts):
         narrow = "-".join(map(str, self.sizes))
         wide = "-".join(map(str, self.wide_sizes))
         return f"BlockMLP {narrow} of a wide {wide}, {activation_name(self.activation)}, {self.weights[0].dtype}"
+
+
+def block_sizes(labels: Labels) -> np.ndarray:
+    """The numbers `m[p]` of neurons in each block."""
+    return np.bincount(labels)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .. import _check
-from .._numerics import safe_norm
-from ..manifold.network import BlockMLP
-from ..networks.checks import check_network
-from ..networks.network import AbstractNetwork, layer_norms
-from ..objective import Problem
+from . import _check
+from ._numerics import safe_norm
+from .networks.block_mlp import BlockMLP
+from .networks.checks import check_network
+from .networks.network import AbstractNetwork, layer_norms
+from .objective import Problem
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
@@ -92,7 +92,7 @@ def chosen_groups(
     if where is not None:
         if layers is not None:
             raise _check.fail("layers", "not be given together with where", repr(layers))
-        return parameters.indices(where)
+        return tuple(sorted(parameters.indices(where)))
     if problem.perceptron:
         return chosen_layers(problem.model, layers)
     if layers is not None:
@@ -105,7 +105,7 @@ def chosen_groups(
     return tuple(range(len(parameters.arrays)))
 
 
-def scale_groups(problem: Problem, log_factor: float | Array, small: tuple[int, ...]) -> Problem:
+def scale_groups(problem: Problem, log_factor: float | int | Array, small: tuple[int, ...]) -> Problem:
     """The problem with the small groups multiplied by `exp(log_factor)`."""
     arrays = problem.parameters.arrays
     scaled = tuple(a * jnp.exp(log_factor) if group in small else a for group, a in enumerate(arrays))
