@@ -46,6 +46,8 @@ def predict_escape(
     - Any other model, and perceptrons without a signal, such as a smooth one on the parity of signs: the model itself is
       followed, on all samples, and `r` is measured as by [`saddlejax.saddle_order`][]. What has a minimum of its own,
       such as the bias of the last layer, is there from the start.
+      Where the outputs grow like `ε^d` with `2d ≤ r`, as for GELU with three layers on the parity of signs, what is
+      quadratic in them matters from the start, and the loss itself is followed instead.
     - A function `loss(model)`, which knows of no outputs: the flow of the loss itself is followed to its escape. This is
       no cheaper than [`saddlejax.gradient_flow`][].
 
