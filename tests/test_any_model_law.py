@@ -135,8 +135,12 @@ def test_order_is_the_number_of_small_layers_where_the_data_have_a_signal():
 @pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu], ids=["tanh", "relu"])
 @pytest.mark.parametrize("use_bias", [False, True], ids=["plain", "biases"])
 def test_order_of_convolutions(activation, use_bias):
-    found = sj.saddle_order(Convolutions(activation, use_bias), digits())
+    task = digits()
+    found = sj.saddle_order(Convolutions(activation, use_bias), task)
     assert float(found.order) == 3
+    # With centred targets a last bias is at its minimum from the start.
+    centred = sj.Task(task.x, task.y - jnp.mean(task.y, axis=0))
+    assert float(sj.saddle_order(Convolutions(activation, use_bias), centred).order) == 3
     moved = [name for name, one in zip(found.names, found.relaxed, strict=True) if one]
     assert moved == (["head.bias"] if use_bias else [])
 
@@ -185,6 +189,33 @@ def test_order_in_single_precision_and_under_transformations():
     alone = sj.saddle_order(net, task, layers=range(3))
     jitted = jax.jit(lambda net: sj.saddle_order(net, task, layers=range(3)))(net)
     assert float(jitted.order) == 5 and float(jitted.signal) == pytest.approx(float(alone.signal), rel=1e-6)
+
+
+# Predictions
+
+
+@pytest.mark.parametrize(
+    ("model", "followed"),
+    [(Convolutions(jnp.tanh), "linear"), (Residual(), "linear")],
+    ids=["convolutions", "residual"],
+)
+def test_predictions_of_models(model, followed):
+    task, small = digits(), sj.scale_layers(model, 1e-3)
+    prediction = sj.predict_escape(small, task)
+    flow = sj.gradient_flow(small, task, save=sj.Save(steps=False, singular_values=False))
+    tolerance = 2e-3 if float(prediction.order) > 2 else 0.1
+    assert followed in prediction.followed
+    assert float(prediction.time / flow.escape_time) == pytest.approx(1, abs=tolerance)
+    assert prediction.concerns == []
+
+
+def test_outputs_that_are_held_back_are_followed_on_the_whole_loss():
+    # f = u tanh(v·x) with two layers is of degree two, and the parity has order four: ½ E f² counts as much.
+    net = sj.scale_layers(perceptron(2, "tanh"), 1e-3)
+    prediction = sj.predict_escape(net, parity())
+    assert prediction.followed == "the loss itself" and float(prediction.order) == 4
+    flow = sj.gradient_flow(net, parity(), save=sj.Save(steps=False, singular_values=False))
+    assert float(prediction.log_time) == pytest.approx(float(flow.log_escape_time), abs=1e-6)
 
 
 # Directions

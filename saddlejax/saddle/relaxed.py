@@ -13,7 +13,7 @@ from ..objective import Problem, TaskObjective, outputs
 _SMALL, _SMALLER = 1e-4, 1e-5  # scales between which the power of a term is read off
 _PROBES = 4
 _STEPS, _PRODUCTS, _HALVINGS = 30, 200, 20
-_STATIONARY = 100  # machine epsilons
+_ROUNDING = 1e-10
 
 
 def own_terms(problem: Problem, units: dict[int, Array]) -> Float[Array, " groups"]:
@@ -80,7 +80,9 @@ def relaxed(
         jnp.any(moving > 0), lambda: _minimise(lambda v: problem.loss(restore(v)), first, mask), lambda: first
     )
     left, before = safe_norm(mask * slope(point)), safe_norm(mask * slope(first))
-    return restore(point), jnp.where(left > 0, left / jnp.where(before > 0, before, 1), 0)
+    # Groups that are at their minimum from the start have a gradient of rounding only.
+    moved = before > _ROUNDING * jnp.sqrt(jnp.abs(problem.loss(start)))
+    return restore(point), jnp.where(moved, left / jnp.where(moved, before, 1), 0)
 
 
 def _minimise(cost: Callable[[Array], Array], first: Array, mask: Array) -> Array:
