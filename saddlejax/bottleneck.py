@@ -12,10 +12,9 @@ from jaxtyping import Array, Float
 from . import _check
 from ._numerics import safe_norm
 from .networks.block_mlp import BlockMLP
-from .networks.checks import check_network, is_perceptron
+from .networks.checks import check_network
 from .networks.network import AbstractNetwork, layer_norms
 from .objective import Problem
-from .parameters import Parameters
 
 LARGEST_SMALL = 1 / 3
 SAME_SCALE = 3.0
@@ -82,26 +81,26 @@ def chosen_layers(net: AbstractNetwork, layers: Sequence[int] | int | None) -> t
 
 
 def chosen_groups(
-    parameters: Parameters, layers: Sequence[int] | int | None, where: Callable[[Any], Any] | None
+    problem: Problem, layers: Sequence[int] | int | None, where: Callable[[Any], Any] | None
 ) -> tuple[int, ...]:
     """The groups of parameters that are small, in increasing order: the layers of a perceptron, arrays of any model.
 
     `layers` or `where` name them; where neither does, they are the bottleneck of a perceptron, and all groups of another
     model.
     """
+    parameters = problem.parameters
     if where is not None:
         if layers is not None:
-            raise _check.fail("where", "be left out where layers are given", "given as well")
+            raise _check.fail("layers", "not be given together with where", repr(layers))
         return tuple(sorted(parameters.indices(where)))
-    model = parameters.model
-    if isinstance(model, AbstractNetwork) and is_perceptron(model) and len(parameters.arrays) == model.depth:
-        return chosen_layers(model, layers)
+    if problem.perceptron:
+        return chosen_layers(problem.model, layers)
     if layers is not None:
         raise _check.fail(
             "layers",
-            "be left out where the model is no perceptron of saddlejax",
-            repr(layers),
-            f"Name the arrays that are small: where=lambda m: [m.{parameters.names[0]}].",
+            "choose among the layers of a perceptron such as saddlejax.MLP",
+            f"given for a {type(problem.model).__name__}",
+            f"Choose the arrays by where=, such as where=lambda m: [m.{parameters.names[0]}].",
         )
     return tuple(range(len(parameters.arrays)))
 

@@ -364,18 +364,26 @@ class Integration(NamedTuple):
     log_time: Float[Array, ""]
 
 
-@eqx.filter_custom_jvp
 def integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps) -> Integration:
     """Follow the gradient flow to its end in one stretch.
 
     Differentiable in both modes with explicit steps: a plain call runs a plain loop, a differentiated one a loop of
     bounded length.
     """
-    return _integrate(problem, until, save, steps, "lax")
+    found = _arrays(problem, until, save, steps)
+    # A function with a derivative of its own returns arrays only; what else the beginning holds, such as an activation, is
+    # put back, and what computing it once more would cost is left out by XLA.
+    rest = eqx.filter(begin(problem, until, save), eqx.is_array, inverse=True)
+    return found._replace(first=eqx.combine(found.first, rest))
 
 
-@integrate.def_jvp
-def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
+@eqx.filter_custom_jvp
+def _arrays(problem: Problem, until: AbstractUntil, save: Save, steps: Steps) -> Integration:
+    return eqx.filter(_integrate(problem, until, save, steps, "lax"), eqx.is_array)
+
+
+@_arrays.def_jvp
+def _arrays_jvp(primals: tuple, tangents: tuple) -> tuple:
     if primals[3].explicit is None:
         raise NotImplementedError(
             "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape explicit steps are as "
@@ -383,7 +391,7 @@ def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
         )
 
     def bounded(*arguments: Any) -> Integration:
-        return _integrate(*arguments, kind="bounded")
+        return eqx.filter(_integrate(*arguments, kind="bounded"), eqx.is_array)
 
     return eqx.filter_jvp(bounded, primals, tangents)
 

@@ -44,7 +44,7 @@ def scale_for_steps(
     _check.positive_number("steps", steps)
     _check.positive_number("learning_rate", learning_rate)
     problem = as_problem(model, task, trainable)
-    small = chosen_groups(problem.parameters, layers, where)
+    small = chosen_groups(problem, layers, where)
     target = np.log(steps) + np.log(learning_rate)
     # The time falls with the scale: go to where the plateau is too short, or too long, in growing strides.
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):

@@ -1,5 +1,7 @@
 """The prediction for any model: followed itself, on a loss that is linear in its outputs, or on its own loss."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,7 @@ from .. import _check
 from .._numerics import safe_norm
 from ..bottleneck import group_scales
 from ..curvature.sharpness import sharpness
-from ..flow import Escape, Flow, Save, Status, gradient_flow
-from ..networks.checks import is_perceptron
-from ..networks.network import AbstractNetwork
+from ..flow import Escape, Save, Status, gradient_flow
 from ..objective import LossObjective, Problem, outputs
 from ..parameters import Parameters, Trainable
 from ..saddle.order import SaddleOrder, saddle_point
@@ -30,16 +30,23 @@ class Start(eqx.Module):
     signal: Float[Array, ""]
     gradient_error: Float[Array, ""]
     growth_rate: Float[Array, ""]
+    degree: Float[Array, ""]
 
 
 def predict_from_linear_loss(
     problem: Problem, small: tuple[int, ...], trainable: Trainable | None, with_sharpness: bool
 ) -> EscapePrediction:
-    """Follow `C(f_0) + E⟨∇c(f_0, y), f(x) − f_0(x)⟩`, with the outputs `f_0` where the small groups are zero."""
+    """Follow `C(f_0) + E⟨∇c(f_0, y), f(x) − f_0(x)⟩`, with the outputs `f_0` where the small groups are zero.
+
+    Where the outputs grow like `ε^d` with `2d ≤ r`, what is quadratic in them, `ε^{2d}`, matters as soon as that, and the loss itself
+    is followed: outputs that do not follow the targets are held back all along the plateau.
+    """
     task, parameters = problem.task, problem.parameters
     assert task is not None
     order, base = saddle_point(problem, small)
     start = _start(problem, order, base)
+    if _check.is_concrete(start.degree) and float(order.order) >= 2 * round(float(start.degree)) > 0:
+        return predict_from_whole_loss(problem, small, trainable, with_sharpness)
 
     def steepest(model: PyTree) -> Array:
         return steepest_energy(task, start.base, outputs(model, task.x), order.order)
@@ -78,13 +85,14 @@ def predict_from_whole_loss(
 ) -> EscapePrediction:
     """Follow the loss itself to its escape: without outputs there is nothing that it could be linear in."""
     objective, parameters = problem.objective, problem.parameters
-    assert isinstance(objective, LossObjective)
+    lowered = objective.function if isinstance(objective, LossObjective) else problem.task
     order, _ = saddle_point(problem, small)
-    flow = _flow(parameters.model, objective.function, trainable)
+    save = Save(steps=False, singular_values=False)
+    flow = gradient_flow(parameters.model, lowered, Escape(), trainable=trainable, save=save)
     rates = _growth_rate(jax.grad(problem.loss)(parameters.arrays), parameters.arrays, small)
     nan = jnp.full((), jnp.nan, rates.dtype)
     escaped = flow.status == Status.escaped
-    sharpest = _sharpness(flow.net, objective.function, trainable) if with_sharpness else None
+    sharpest = _sharpness(flow.net, lowered, trainable) if with_sharpness else None
     return EscapePrediction(
         log_time=flow.log_escape_time,
         learning_rate=None,
@@ -109,14 +117,8 @@ def predict_from_whole_loss(
 _sharpness = eqx.filter_jit(sharpness)
 
 
-@eqx.filter_jit
-def _flow(model: PyTree, loss: object, trainable: Trainable | None) -> Flow:
-    return gradient_flow(model, loss, Escape(), trainable=trainable, save=Save(steps=False, singular_values=False))
-
-
 def _names(problem: Problem, small: tuple[int, ...]) -> tuple[str, ...] | None:
-    model = problem.model
-    if isinstance(model, AbstractNetwork) and is_perceptron(model):
+    if problem.perceptron:
         return None
     return tuple(problem.parameters.names[group] for group in small)
 
@@ -135,10 +137,18 @@ def _start(problem: Problem, order: SaddleOrder, base: tuple[Array, ...]) -> Sta
     def energy(arrays: tuple[Array, ...]) -> Array:
         return jnp.sum(pulls * outputs(parameters.with_arrays(arrays), task.x))
 
-    terms = pulls * (outputs(parameters.with_arrays(arrays), task.x) - at_base)
+    halved = tuple(array / 2 if group in order.small else array for group, array in enumerate(arrays))
+    halved = tuple(jnp.where(r, a, h) for r, a, h in zip(order.relaxed, arrays, halved, strict=True))
+    moved, less = (outputs(parameters.with_arrays(groups), task.x) - at_base for groups in (arrays, halved))
+    terms = pulls * moved
     size = jnp.sum(jnp.abs(terms))
     full, linear = jax.grad(problem.loss)(arrays), jax.grad(lambda a: -energy(a))(arrays)
-    norm = lambda groups: safe_norm(jnp.stack([safe_norm(groups[group]) for group in order.small]))  # noqa: E731
+    waiting = [jnp.where(order.relaxed[group], 0, 1) for group in order.small]
+
+    def norm(groups: Sequence[Array]) -> Array:
+        sizes = [factor * safe_norm(groups[group]) for factor, group in zip(waiting, order.small, strict=True)]
+        return safe_norm(jnp.stack(sizes))
+
     missing = [a - b for a, b in zip(full, linear, strict=True)]
     return Start(
         arrays=arrays,
@@ -149,6 +159,7 @@ def _start(problem: Problem, order: SaddleOrder, base: tuple[Array, ...]) -> Sta
         signal=jnp.abs(jnp.sum(terms)) / jnp.where(size > 0, size, 1),
         gradient_error=norm(missing) / norm(linear),
         growth_rate=_growth_rate(linear, arrays, order.small),
+        degree=jnp.log2(safe_norm(moved) / safe_norm(less)),
     )
 
 

@@ -12,13 +12,10 @@ from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from ..bottleneck import chosen_groups
 from ..networks.activation_class import value_at_zero
-from ..networks.activations import Activation
-from ..networks.checks import is_perceptron
-from ..networks.network import AbstractNetwork
 from ..objective import Problem, as_problem, output_slopes
 from ..parameters import Trainable
 from ..saddle.order import in_widest
-from ..saddle.origin import Tangent, tangent
+from ..saddle.origin import has_tangent, tangent
 from ..tasks.task import Task
 from .leading_order import predict_from_leading_order
 from .linear_loss import predict_from_linear_loss, predict_from_whole_loss
@@ -49,6 +46,8 @@ def predict_escape(
     - Any other model, and perceptrons without a signal, such as a smooth one on the parity of signs: the model itself is
       followed, on all samples, and `r` is measured as by [`saddlejax.saddle_order`][]. What has a minimum of its own,
       such as the bias of the last layer, is there from the start.
+      Where the outputs grow like `ε^d` with `2d ≤ r`, as for GELU with three layers on the parity of signs, what is
+      quadratic in them matters from the start, and the loss itself is followed instead.
     - A function `loss(model)`, which knows of no outputs: the flow of the loss itself is followed to its escape. This is
       no cheaper than [`saddlejax.gradient_flow`][].
 
@@ -82,7 +81,7 @@ def predict_escape(
     if learning_rate is not None:
         _check.positive_number("learning_rate", learning_rate)
     problem = as_problem(model, task, trainable)
-    small = chosen_groups(problem.parameters, layers, where)
+    small = chosen_groups(problem, layers, where)
     dtype = problem.parameters.arrays[0].dtype
     rate = None if learning_rate is None else jnp.asarray(learning_rate, dtype)
     prediction = in_widest(lambda problem: predicted(problem, small, trainable, learning_rate is not None), problem)
@@ -101,19 +100,11 @@ def predicted(
         raise _check.fail(
             "task", "have a loss that outputs of zero do not already minimise", "one whose slope there is zero"
         )
-    if isinstance(model, AbstractNetwork) and is_perceptron(model) and trainable is None:
-        slopes = _slopes(model.activation)
+    if problem.perceptron:
+        # An activation that does not vanish at zero is refused here; one without a slope there has an order of its own.
+        sloped = value_at_zero(model.activation) != 0 or has_tangent(model.activation)
+        slopes = tangent(model.activation) if sloped else None
         prediction = slopes and predict_from_leading_order(model, task, slopes, small, with_sharpness)
         if prediction is not None:
             return prediction
     return predict_from_linear_loss(problem, small, trainable, with_sharpness)
-
-
-def _slopes(activation: Activation) -> Tangent | None:
-    """The tangent of an activation at zero, None where it has none but vanishes there."""
-    try:
-        return tangent(activation)
-    except ValueError:
-        if value_at_zero(activation) != 0:
-            raise
-        return None

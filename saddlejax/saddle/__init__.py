@@ -11,6 +11,7 @@ from .low_rank import (
     singular_values as singular_values,
     stable_rank as stable_rank,
 )
+from .model_direction import ModelDirection as ModelDirection
 from .optima import Optimum as Optimum
 from .order import SaddleOrder as SaddleOrder, saddle_order as saddle_order
 from .origin import (

@@ -19,6 +19,9 @@ _FIRST_EVALUATIONS = 60  # before kinks that stop the ascent are rounded
 _ROUNDINGS = (3e-2, 3e-3, 3e-4)  # lengths over which they are, in units of the inputs' size
 
 
+StartWeights = tuple[Float[Array, "starts _ _"], ...]
+
+
 class Climb(NamedTuple):
     """Where an ascent ended: unit-norm layers, the speed, the plain residual, and the gradient evaluations used."""
 
@@ -35,9 +38,7 @@ def unit_layers(weights: Weights) -> Weights:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def random_starts(
-    sizes: tuple[int, ...], starts: int, key: PRNGKeyArray, dtype: jnp.dtype
-) -> tuple[Float[Array, "starts _ _"], ...]:
+def random_starts(sizes: tuple[int, ...], starts: int, key: PRNGKeyArray, dtype: jnp.dtype) -> StartWeights:
     """Gaussian layers of unit norm, a leading axis of starts."""
 
     def one(key: PRNGKeyArray) -> Weights:
@@ -49,7 +50,7 @@ def random_starts(
 
 
 @eqx.filter_jit
-def climb(starts: Weights, origin: Origin, tolerance: Array, most: Array) -> Climb:
+def climb(starts: StartWeights, origin: Origin, tolerance: Array, most: Array) -> Climb:
     """Ascend from every start (a leading axis) to the residual `tolerance` or `most` gradient evaluations.
 
     The starts run one after another on a CPU and together on an accelerator.

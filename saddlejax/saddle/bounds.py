@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._numerics import safe_norm
-from ..networks.network import Weights
 from ..tasks.task import Task
 from .lbfgs import lbfgs
 from .origin import Origin
@@ -25,7 +24,7 @@ class SpeedBound(NamedTuple):
 
 
 @eqx.filter_jit
-def speed_bound(task: Task, origin: Origin, first_layer: Weights, depth: Array) -> SpeedBound:
+def speed_bound(task: Task, origin: Origin, first_layer: Float[Array, "width in"], depth: Array) -> SpeedBound:
     """Upper bounds on `−𝓛_0` over all networks with `L` layers of unit norm, whatever their width.
 
     Let row `i` of `R` be `−√p_i ∇c(0, y_i)`, of `X` be `√p_i x_i`, and `P = 1 − √p √pᵀ` the centring over samples where

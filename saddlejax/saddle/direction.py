@@ -1,6 +1,6 @@
 """The optimal escape direction of the saddle at the origin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,19 +8,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
 from .._host.stopping import check_stopped
 from .._host.threads import one_blas_thread
 from .._numerics import safe_norm
+from ..networks.activation_class import value_at_zero
 from ..networks.activations import Activation, ActivationParts, resolve_activation
 from ..networks.network import Weights
+from ..objective import Problem, as_problem
+from ..parameters import Trainable
 from ..tasks.task import Task
 from .ascent import Climb, climb, random_starts
 from .bounds import speed_bound
-from .origin import Origin, Tangent, energy, origin_matrix, pull, tangent
+from .model_direction import ModelDirection, model_direction
+from .origin import Origin, Tangent, energy, has_tangent, origin_matrix, pull, tangent
 from .rank_one import chain_tangent
 from .result import EscapeDirection
 from .settle import RANK_ONE, Search, settle
@@ -33,14 +37,16 @@ _ROUNDING = 16  # machine epsilons, relative to the largest conceivable speed, t
 
 @safe_to_interrupt
 def escape_direction(
-    task: Task,
-    sizes: Sequence[int],
+    task: Task | Callable[[Any], Array],
+    sizes: Sequence[int] | np.ndarray | PyTree,
     activation: str | Activation = "relu",
     *,
     starts: int = 16,
     key: PRNGKeyArray,
-) -> EscapeDirection:
-    """The fastest direction out of the saddle at zero weights.
+    where: Callable[[Any], Any] | None = None,
+    trainable: Trainable | None = None,
+) -> EscapeDirection | ModelDirection:
+    """The fastest direction out of the saddle at zero weights, of a perceptron of given sizes or of any model.
 
     Near the origin the loss is `C(0) + 𝓛_0(θ)` with `𝓛_0 = E⟨∇c(0, y), f(x)⟩` of degree one in each layer. An escape
     direction has `‖ρ‖² = L` and `−∇𝓛_0(ρ) = s ρ` with speed `s > 0`, which forces `‖W_l‖_F = 1`; the optimal one maximises
@@ -52,16 +58,24 @@ def escape_direction(
     random starts of full rank; the best rank-one direction, itself from at least 64 starts; and for `L > 3` the best
     direction found with three layers, made deeper, so that the speed does not fall with depth.
 
+    For any other model `𝓛_0`, of the order `r` that [`saddlejax.saddle_order`][] finds, is taken from the signal at a small
+    scale, and climbed from many starts by L-BFGS on `log(−𝓛_0)` with every group of parameters at unit norm. For these
+    perceptrons both are the same: there `‖W_l‖_F = 1` follows.
+
     **Arguments:**
 
-    - `task`: any task with a differentiable loss.
-    - `sizes`: `[in_size, width, …, out_size]`, the sizes of the layers.
+    - `task`: any task with a differentiable loss; for a model also a function `loss(model) -> scalar`.
+    - `sizes`: `[in_size, width, …, out_size]`, the sizes of the layers; or a model, whose own weights do not matter.
+      A perceptron is searched by its sizes and activation, where these have a direction at the order of its depth.
     - `activation`: a name or an elementwise JAX function with `σ(0) = 0`; what counts is its slopes on either side of zero.
     - `starts`: how many random starts of full rank. The result counts one or two more, the directions of rank one and,
       for `L > 3`, of three layers, each marked in `start_kinds`.
     - `key`: a JAX random key.
+    - `where`, `trainable`: for a model, which groups are small (by default all), and which move, as for
+      [`saddlejax.saddle_order`][].
 
-    **Returns:** an [`saddlejax.saddle.EscapeDirection`][]. Its speed is zero where nothing moves a network of small
+    **Returns:** a [`saddlejax.saddle.ModelDirection`][] for a model that is no such perceptron; otherwise an
+    [`saddlejax.saddle.EscapeDirection`][]. Its speed is zero where nothing moves a network of small
     weights to this order of the loss: in closed form where `M = 0`, up to rounding, or after a search that found no
     direction of positive speed. Then there is no escape direction, and the summary says so.
 
@@ -69,12 +83,30 @@ def escape_direction(
     non-zero slope at zero, for which the origin is no saddle of this kind; and for a task without signal, whose
     inputs, or whose gradients `∇c(0, y)`, are zero for all samples (unless they are traced: then the speed is zero).
     """
-    sizes = _check.layer_sizes("sizes", sizes)
+    _check.whole_number("starts", starts)
+    if not isinstance(sizes, Sequence | np.ndarray | int):
+        model, problem = sizes, as_problem(sizes, task, trainable)
+        if not (problem.perceptron and where is None and _has_direction(problem)):
+            small = (
+                tuple(range(len(problem.parameters.arrays)))
+                if where is None
+                else tuple(sorted(problem.parameters.indices(where)))
+            )
+            return model_direction(problem, small, starts, key)
+        sizes, activation = model.sizes, model.activation
+    if not isinstance(task, Task):
+        raise _check.fail("task", "be a saddlejax.Task where sizes are given", type(task).__name__)
+    return perceptron_direction(task, _check.layer_sizes("sizes", sizes), activation, starts, key)
+
+
+def perceptron_direction(
+    task: Task, sizes: tuple[int, ...], activation: str | Activation, starts: int, key: PRNGKeyArray
+) -> EscapeDirection:
+    """The fastest direction of a perceptron of given sizes, at the order of its depth."""
     if (sizes[0], sizes[-1]) != (task.in_size, task.out_size):
         raise _check.fail(
             "sizes", f"begin with {task.in_size} and end with {task.out_size}, as the task does", list(sizes)
         )
-    _check.whole_number("starts", starts)
     sigma = resolve_activation(activation)
     slopes = tangent(sigma)
     check_signal(task)
@@ -95,6 +127,18 @@ def escape_direction(
         activation_parts=ActivationParts(sigma),
         **found,
     )
+
+
+def _has_direction(problem: Problem) -> bool:
+    """Whether a perceptron has one at the order of its depth: its task has a matrix `M`, or its activation a kink at zero."""
+    task, net = problem.task, problem.model
+    if task is None or (value_at_zero(net.activation) == 0 and not has_tangent(net.activation)):
+        return False
+    slopes = tangent(net.activation)
+    matrix = origin_matrix(task)
+    if not slopes.linear or not _check.is_concrete(matrix):
+        return True
+    return bool(safe_norm(matrix) > _ROUNDING * jnp.finfo(matrix.dtype).eps * largest_speed(task))
 
 
 _energy = eqx.filter_jit(energy)

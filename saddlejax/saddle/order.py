@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import _check
 from .._host.interrupt import safe_to_interrupt
-from .._numerics import safe_norm
+from .._numerics import in_precision, safe_norm
 from ..bottleneck import chosen_groups
-from ..objective import Problem, TaskObjective, as_problem, in_precision, outputs
+from ..objective import Problem, TaskObjective, as_problem, outputs
 from ..parameters import Trainable
 from ..tasks.task import Task
 from .relaxed import own_terms, relaxed
@@ -122,7 +122,7 @@ def saddle_order(
     **Example:** `saddle_order(eqx.nn.MLP(64, 10, 24, 2, jax.nn.gelu, key=key), task).order` is 3.
     """
     problem = as_problem(model, task, trainable)
-    small = chosen_groups(problem.parameters, layers, where)
+    small = chosen_groups(problem, layers, where)
     return in_widest(lambda problem: saddle_point(problem, small)[0], problem)
 
 

@@ -71,6 +71,15 @@ def tangent(activation: str | Activation) -> Tangent:
     return Tangent(float(below[-1]), float(above[-1]))
 
 
+def has_tangent(activation: str | Activation) -> bool:
+    """Whether an activation has a non-zero slope on a side of zero: whether [`saddlejax.saddle.tangent`][] takes it."""
+    try:
+        tangent(activation)
+    except ValueError:
+        return False
+    return True
+
+
 def pull(task: Task) -> Float[Array, "samples out"]:
     """`r_i = −p_i ∇c(0, y_i)`, how each sample pulls the outputs of a network at zero; `p_i` is its weight (`1/n`).
 

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from .. import _check
 from ..networks.activations import Activation, activation_name
 from ..tasks.task import Task
-from .direction import escape_direction
+from .direction import perceptron_direction
 from .low_rank import low_rank_margin
 from .result import EscapeDirection
 from .settle import RANDOM
@@ -40,7 +40,7 @@ def directions_over_depth(
     for position, depth in enumerate(depths):
         _check.whole_number(f"depths[{position}]", depth, least=2)
         sizes = [task.in_size, *[width] * (depth - 1), task.out_size]
-        found.append(escape_direction(task, sizes, activation, starts=starts, key=key))
+        found.append(perceptron_direction(task, tuple(sizes), activation, starts, key))
         if progress is not None:
             progress(found[-1])
     return found
