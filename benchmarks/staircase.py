@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import saddlejax as sj
-from saddlejax.flow._gradient_flow import SMOOTH_RTOL, STIFF_RTOL
+from saddlejax.flow.plan import SMOOTH_RTOL, STIFF_RTOL
 from saddlejax.flow.plateaus import crossing_log_time
 
 jax.config.update("jax_enable_x64", True)

@@ -30,7 +30,7 @@ from rich.progress import track
 from scipy.interpolate import CubicHermiteSpline
 
 import saddlejax as sj
-from saddlejax.flow._gradient_flow import KINKED_RTOL, SMOOTH_RTOL
+from saddlejax.flow.plan import KINKED_RTOL, SMOOTH_RTOL
 from saddlejax.objective import task_loss
 from saddlejax.tasks.task import zero_loss
 

@@ -94,7 +94,7 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
         y0: ClockState,
         y1: ClockState,
         args: PlateauField,
-        y_error: ClockState,
+        y_error: Any,
         error_order: Any,
         controller_state: StepSize,
     ) -> tuple[Array, Array, Array, bool, StepSize, Any]:

@@ -34,7 +34,7 @@ class Chandrupatla(optx.AbstractRootFinder):
 
     rtol: Float[Array, ""] | float
     atol: Float[Array, ""] | float
-    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm
+    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm  # type: ignore[misc]
 
     def init(
         self, fn: Any, y: Any, args: Any, options: dict[str, Any], f_struct: Any, aux_struct: Any, tags: Any
@@ -72,7 +72,7 @@ class Chandrupatla(optx.AbstractRootFinder):
 
     def terminate(
         self, fn: Any, y: Any, args: Any, options: dict[str, Any], state: Bracket, tags: Any
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    ) -> tuple[Bool[Array, ""], Any]:
         """Whether the bracket is closed."""
         del fn, y, args, options, tags
         closed = jnp.abs(state.other - state.last) <= self._tolerance(state.last)

@@ -205,8 +205,8 @@ def controller_of(steps: Steps, until: AbstractUntil) -> EndingController:
 
 def place_after(solution: dfx.Solution) -> Place:
     """Where a solve stands after some steps."""
+    assert solution.ts is not None and solution.ys is not None and solution.controller_state is not None
     s, state = jax.tree.map(lambda a: a[-1], (solution.ts["end"], solution.ys["end"]))
-    assert solution.controller_state is not None
     return Place(s, state, solution.solver_state, solution.controller_state)
 
 
@@ -245,6 +245,7 @@ def summary(
         rows, row_steps = _blank(inner.rows, later), jnp.where(later, -1, inner.steps)
         for_rows, inner = inner.count, inner.inner
     elif save.steps:
+        assert solution.ys is not None
         index = jnp.arange(max_steps)
         rows = _blank(jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]), index >= accepted)
         rows = jax.tree.map(lambda all, one: all.at[jnp.maximum(accepted - 1, 0)].set(one), rows, last)

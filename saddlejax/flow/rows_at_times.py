@@ -51,11 +51,12 @@ class RowsAtTimes(dfx.AbstractAdaptiveSolver):
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField) -> Passed:
         """No rows yet; times that have passed before are left out."""
-        assert self.save.times is not None
+        times = self.save.times
+        assert times is not None
         like = jax.eval_shape(lambda: row(self.save, args, y0))
-        rows = jax.tree.map(lambda a: jnp.full((self.save.times.size, *a.shape), jnp.nan, a.dtype), like)
-        passed = jnp.sum(jnp.log(self.save.times) <= args.log_time(y0))
-        steps = jnp.full(self.save.times.size, -1)
+        rows = jax.tree.map(lambda a: jnp.full((times.size, *a.shape), jnp.nan, a.dtype), like)
+        passed = jnp.sum(jnp.log(times) <= args.log_time(y0))
+        steps = jnp.full(times.size, -1)
         return Passed(self.solver.init(terms, t0, t1, y0, args), rows, steps, passed, jnp.asarray(0))
 
     def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
@@ -64,7 +65,7 @@ class RowsAtTimes(dfx.AbstractAdaptiveSolver):
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField, solver_state: Passed, made_jump: Any
-    ) -> tuple[ClockState, ClockState, dict[str, Any], Passed, Any]:
+    ) -> tuple[ClockState, Any, dict[str, Any], Passed, Any]:
         """One step from `t0` to `t1`, and the rows of the times within it."""
         y1, error, dense, inner, result = self.solver.step(terms, t0, t1, y0, args, solver_state.inner, made_jump)
         within = self.solver.interpolation_cls(t0=t0, t1=t1, **dense)

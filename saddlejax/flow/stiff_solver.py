@@ -151,7 +151,8 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
         memory = remember(y0.memory, field, vector, rate_end, y0.error, step.fastest)
         growing = step.largest * before.time > GROWING * moving.time
-        rests = ~growing & _is_rounding(*jax.jvp(velocity, (theta + step.end,), (theta + step.end,)), shapes)
+        speed, response = jax.jvp(velocity, (theta + step.end,), (theta + step.end,))
+        rests = ~growing & _is_rounding(speed, response, shapes)
         rests = rests | (layout.split(rate_end).time == 0)
         explicit = EXPLICIT_STAGES * jnp.maximum(size * step.fastest / STABILITY, 1)
         cost = PRODUCT_COST * step.work.products + 2 * len(NODES)

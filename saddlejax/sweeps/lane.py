@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 from ..flow import Flow, Save, gradient_flow
-from ..flow._gradient_flow import FlowPlan
+from ..flow.plan import FlowPlan
 from ..flow.chunks import advance, begin, finish, plan_flow
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
