@@ -46,7 +46,7 @@ class PlateauClock(eqx.Module):
         rounding = 4 * float(jnp.finfo(dtype).eps)
         known = until.end_time() is not None  # looking at the time costs next to nothing
         atol = jnp.zeros((), dtype) if known else jnp.asarray(END_TOLERANCE * jnp.asarray(rtol), dtype)
-        return dfx.Event(Condition(until), Chandrupatla(rtol=rounding, atol=atol), direction=True)
+        return dfx.Event(Condition(until), Chandrupatla(rtol=rounding, atol=atol), direction=True)  # type: ignore[call-arg]
 
     def log_time(self, y: ClockState) -> Float[Array, ""]:
         """`log t` at a state, which stays finite where `t` itself overflows; `−inf` at the start."""

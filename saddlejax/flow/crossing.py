@@ -34,7 +34,7 @@ class Chandrupatla(optx.AbstractRootFinder):
 
     rtol: Float[Array, ""] | float
     atol: Float[Array, ""] | float
-    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm  # type: ignore[misc]
+    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm
 
     def init(
         self, fn: Any, y: Any, args: Any, options: dict[str, Any], f_struct: Any, aux_struct: Any, tags: Any

@@ -84,7 +84,7 @@ class RowsAtTimes(dfx.AbstractAdaptiveSolver):
         assert self.save.times is not None
         log_times = jnp.log(self.save.times).astype(limit.dtype)
         last = log_times.size - 1
-        finder = Chandrupatla(rtol=4 * float(jnp.finfo(limit.dtype).eps), atol=0.0)
+        finder = Chandrupatla(rtol=4 * float(jnp.finfo(limit.dtype).eps), atol=0.0)  # type: ignore[call-arg]
 
         def waiting(passed: Passed) -> Array:
             return (passed.count <= last) & (log_times[jnp.minimum(passed.count, last)] <= limit)
