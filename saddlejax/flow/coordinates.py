@@ -53,21 +53,27 @@ class Coordinates(eqx.Module):
             lambda growth, turning, v: turning + growth * v, rates.log_units, rates.joined, self.joined
         )
 
-    def along(self, velocity: Float[Array, " parameters"]) -> "Coordinates":
+    def along(
+        self,
+        velocity: Float[Array, " parameters"],
+        radial: Float[Array, " groups"],
+        speeds: Float[Array, " groups"],
+    ) -> "Coordinates":
         """The rates of the coordinates for such velocities: the units grow as their groups do.
 
         A group that starts from zero has no rate of growth yet; its unit grows less until the group has reached it. Where
         one group shrinks faster than all the others together its unit follows less: it may be about to pass through zero,
         where a unit that followed would make the clock stand still.
+
+        **Arguments:** `velocity` in the units of the groups; `radial`, its inner products with the directions; `speeds`, its
+        squared norms.
         """
-        shapes, here = self.shapes, self.joined
-        growth = shapes.inner(here, velocity) / jnp.maximum(shapes.inner(here, here), 1)
+        growth = radial / jnp.maximum(self.shapes.inner(self.joined, self.joined), 1)
         if growth.size > 1:
-            speeds = shapes.inner(velocity, velocity)
             together = jnp.minimum((jnp.sum(speeds) - speeds) / jnp.where(speeds > 0, speeds, 1), 1)
             growth = jnp.where(growth < 0, together * growth, growth)
-        turning = shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, here)
-        return Coordinates(turning, growth, shapes)
+        turning = self.shapes.map(lambda g, v, direction: v - g * direction, growth, velocity, self.joined)
+        return Coordinates(turning, growth, self.shapes)
 
 
 def to_coordinates(arrays: Sequence[Array]) -> Coordinates:

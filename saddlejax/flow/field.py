@@ -120,16 +120,17 @@ class PlateauField(eqx.Module):
         )
         inverses = jnp.exp(-here.log_units)
         relative = shapes.join([slope * inverse for slope, inverse in zip(slopes, inverses, strict=True)])
-        norm = _norm(relative)  # 1/τ
+        squares = shapes.inner(relative, relative)
+        norm = _norm(relative, jnp.sum(squares))  # 1/τ
         stalled = norm == 0
         tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
-        velocity = -tau * relative
+        radial, speeds = -tau * shapes.inner(here.joined, relative), jnp.square(tau) * squares
         units = jnp.exp(2 * here.log_units)
-        radial = units * shapes.inner(here.joined, velocity)  # ½ d‖θ_g‖²/ds
-        energy = jnp.sum(units * shapes.inner(velocity, velocity)) * norm  # τ‖∇𝓛‖²
-        drift = 2 * jnp.diff(radial) if self.layout.hidden else jnp.zeros(0, tau.dtype)
+        energy = jnp.sum(units * speeds) * norm  # τ‖∇𝓛‖²
+        drift = 2 * jnp.diff(units * radial) if self.layout.hidden else jnp.zeros(0, tau.dtype)
         log_pace = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
-        return Parts(here.along(velocity), jnp.zeros_like(tau), loss, energy, drift), log_pace
+        rates = here.along(-tau * relative, radial, speeds)
+        return Parts(rates, jnp.zeros_like(tau), loss, energy, drift), log_pace
 
 
 def known(state: ClockState) -> Array:
@@ -137,9 +138,9 @@ def known(state: ClockState) -> Array:
     return ~jnp.isnan(state.rate[-1])
 
 
-def _norm(vector: Float[Array, " parameters"]) -> Float[Array, ""]:
-    """The norm of a long vector in one pass over it, and two more where the sum of squares may have underflown."""
-    squares, limits = jnp.sum(jnp.square(vector)), jnp.finfo(vector.dtype)
+def _norm(vector: Float[Array, " parameters"], squares: Float[Array, ""]) -> Float[Array, ""]:
+    """The norm of a vector whose sum of squares is known, anew where that may have underflown."""
+    limits = jnp.finfo(vector.dtype)
     plain = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
     return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
 

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 from ..flow import Flow, Save, gradient_flow
-from ..flow.plan import FlowPlan
 from ..flow.chunks import advance, begin, finish, plan_flow
+from ..flow.plan import FlowPlan
 from ..flow.until import AbstractUntil
 from ..networks.activations import Activation
 from ..networks.mlp import MLP
