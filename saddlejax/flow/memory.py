@@ -25,7 +25,7 @@ def nothing_yet(field: PlateauField) -> Memory:
     """The memory before the first step."""
     zero = jnp.zeros_like(field.log_time_unit)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, zero)
+    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, -inf, zero)
 
 
 def remember(
@@ -74,6 +74,7 @@ def remember(
         at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
         log_sizes=sizes,
         rises=rises.astype(share.dtype),
+        log_decay=before.log_decay,
         unsuited=unsuited,
     )
     return jax.lax.stop_gradient(after)

@@ -1,5 +1,6 @@
 """Explicit solvers in the plateau clock that leave the rate at the end of a step in the state."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from .memory import remember
 from .state import ClockState, Memory
 
 ROUNDING = 1e3
+FORGOTTEN = math.log(1.25)
 STABILITY_LIMIT = 2.8
 """Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
 
@@ -103,9 +105,16 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         )
         moves = within["k"]
         rate = moves[-1] / (t1 - t0)
-        stiffness = self._stiffness(y0.vector, vector, moves, args.layout.shapes.size)
-        unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiffness > STABILITY_LIMIT, 1, -1), 0)
-        memory = remember(y0.memory, args, vector, rate, unsuited, stiffness / (t1 - t0))
+        size = t1 - t0
+        fastest = self._stiffness(y0.vector, vector, moves, args.layout.shapes.size) / size
+        # The two stages show it only where they differ along the direction that decays fastest, so it is remembered.
+        time = args.layout.split(moves[0]).time / size
+        log_tau = jnp.log(jnp.where(time > 0, time, 1)) + args.log_time_unit
+        log_decay = jnp.where(fastest > 0, jnp.log(jnp.where(fastest > 0, fastest, 1)) - log_tau, -jnp.inf)
+        log_decay = jnp.maximum(y0.memory.log_decay - FORGOTTEN, log_decay)
+        stiff = log_decay + log_tau + jnp.log(size) > math.log(STABILITY_LIMIT)
+        unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiff, 1, -1), 0)
+        memory = remember(y0.memory, args, vector, rate, unsuited, fastest)._replace(log_decay=log_decay)
         zero = jnp.zeros_like(vector)
         y1 = ClockState(vector, rate, memory, jnp.zeros_like(y0.error))
         wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))

@@ -62,6 +62,7 @@ class Memory(NamedTuple):
     - `dormant_lost`: one where something smaller than rounding has grown all the same.
     - `at_rest`: one where nothing but rounding moves the parameters any more.
     - `rises`: one where the gradient norm has risen from its smallest value, by more than errors of the steps make it.
+    - `log_decay`: the logarithm of the fastest rate of decay per unit of `t` that was seen lately.
     - `unsuited`: how many steps more than others would have paid as steps of another kind.
     """
 
@@ -76,6 +77,7 @@ class Memory(NamedTuple):
     dormant_lost: Float[Array, ""]
     at_rest: Float[Array, ""]
     rises: Float[Array, ""]
+    log_decay: Float[Array, ""]
     unsuited: Float[Array, ""]
 
 
