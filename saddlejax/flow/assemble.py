@@ -112,4 +112,6 @@ def _method(steps: Steps, stretches: list[Stretch]) -> str:
     if steps.explicit is None:
         return f"{exponential} in the plateau clock"
     name = type(steps.explicit).__name__
-    return f"{name} in the plateau clock" if len(stretches) == 1 else f"{name} and {exponential} in the plateau clock"
+    if len(stretches) == 1:
+        return f"{name} in the plateau clock"
+    return f"{name}, and {exponential} at a hundred times the tolerance, in the plateau clock"

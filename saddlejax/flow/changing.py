@@ -29,7 +29,8 @@ def _go_on(plan: FlowPlan, first: Begin, state: ClockState) -> tuple[Stretch, St
 def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Stretch]]:
     """Follow a flow on by the other kind of step, as long as it stops for that.
 
-    The first step of the other kind is that of a new flow, since the last one was bounded by something else. Each time that explicit steps turn out to be bounded by stability again, both kinds are given twice the time.
+    The first step of the other kind is that of a new flow, since the last one was bounded by something else. Each time that
+    explicit steps turn out to be bounded by stability again, both kinds are given twice the time.
     """
     steps = plan.steps
     stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
