@@ -31,7 +31,7 @@ import jax
 import jaxtyping
 import pytest
 
-if os.environ.get("SADDLEJAX_TYPECHECK", "1") == "1":  # before anything imports saddlejax
+if os.environ.get("SADDLEJAX_TYPECHECK") == "1":  # before anything imports saddlejax
     jaxtyping.install_import_hook("saddlejax", "beartype.beartype")
 jax.config.update("jax_enable_x64", True)
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that live

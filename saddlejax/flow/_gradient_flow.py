@@ -19,7 +19,7 @@ from ..networks.network import AbstractNetwork
 from ..parameters import Parameters, Trainable
 from ..tasks.task import Task
 from .assemble import record
-from .changing import STIFF_STEPS, follow_on
+from .changing import STIFF_STEPS, follow_on, stopped_for_other_steps
 from .integrate import Integration, integrate
 from .memory import smallest_share
 from .plan import FlowOptions, checked_options, in_one_precision, kinked
@@ -102,7 +102,7 @@ def gradient_flow(
     else:
         flow, found = _run(model, task, trainable, options)
     if _check.is_concrete(found):
-        if chooses and bool(found.stretch.ends.unsuited):
+        if chooses and stopped_for_other_steps(found.stretch):
             plan = in_one_precision(model, task, trainable, options)
             found, stretches = follow_on(plan, found)
             flow = record(plan, found, stretches)

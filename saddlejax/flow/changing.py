@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from .._host.threads import one_blas_thread
 from .integrate import Begin, Integration, Stretch, clock_from, conclude, stretch
 from .plan import SMOOTH_RTOL, STIFF_RTOL, FlowPlan
-from .state import ClockState, Memory
+from .state import ClockState
 from .status import Status
 
 STIFF_STEPS = 15
@@ -36,7 +36,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
     stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
     stretches, first = [found.stretch], found.first
     exponential, patience = False, 1
-    while bool(stretches[-1].ends.unsuited) and sum(int(one.attempts) for one in stretches) < steps.max_steps:
+    while stopped_for_other_steps(stretches[-1]) and sum(int(one.attempts) for one in stretches) < steps.max_steps:
         last = stretches[-1]
         exponential = not exponential
         waits = (UNPAID_STEPS if exponential else STIFF_STEPS) * patience
@@ -47,7 +47,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
             patience=jnp.full_like(steps.patience, waits),
         )
         patience *= 1 if exponential else 2
-        memory = _for_other_steps(last.state.memory)
+        memory = last.state.memory._replace(unsuited=jnp.zeros_like(steps.patience))
         state = eqx.tree_at(lambda y: y.memory, last.state, memory)
         with one_blas_thread():
             new, status, log_time = jax.block_until_ready(_go_on(plan._replace(steps=kind), first, state))
@@ -56,7 +56,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
     return found, stretches
 
 
-def _for_other_steps(memory: Memory) -> Memory:
-    """The memory where another kind of step takes over, whose gradient norm is another one where errors dominate it."""
-    zero = jnp.zeros_like(memory.unsuited)
-    return memory._replace(unsuited=zero, rises=zero, log_lowest=zero + jnp.inf)
+def stopped_for_other_steps(last: Stretch) -> bool:
+    """Whether a stretch ended for want of another kind of step, and for nothing else."""
+    ends = last.ends
+    return bool(ends.unsuited & ~(ends.until | ends.at_rest | ends.no_plateau | last.stuck))

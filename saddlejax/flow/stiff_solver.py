@@ -65,15 +65,12 @@ class NodeInterpolation(dfx.AbstractLocalInterpolation):
 
 def _hermite(x: Float[Array, ""]) -> tuple[Float[Array, " 5"], Float[Array, " 5"]]:
     """The weights of values and slopes at the nodes in the Hermite polynomial through them, at `x` in [0, 1]."""
-    nodes = np.asarray(NODES)
-    apart = nodes[:, None] - nodes[None, :]
-    np.fill_diagonal(apart, 1.0)
-    others = ~np.eye(len(nodes), dtype=bool)
-    # The Lagrange polynomials, and their slopes at their own nodes.
-    factors = jnp.where(others, (x - nodes[None, :]) / apart, 1)
-    lagrange = jnp.prod(factors, axis=1)
-    slopes = np.sum(np.where(others, 1 / apart, 0), axis=1)
-    squares = jnp.square(lagrange)
+    others = ~np.eye(len(NODES), dtype=bool)
+    apart = np.where(others, np.subtract.outer(NODES, NODES), 1)
+    # The slopes of the Lagrange polynomials at their own nodes, and their values.
+    slopes = jnp.asarray(np.sum(np.where(others, 1 / apart, 0), axis=1), x.dtype)
+    nodes = jnp.asarray(NODES, x.dtype)
+    squares = jnp.square(jnp.prod(jnp.where(others, (x - nodes) / jnp.asarray(apart, x.dtype), 1), axis=1))
     return squares * (1 - 2 * slopes * (x - nodes)), squares * (x - nodes)
 
 
@@ -137,12 +134,13 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         step = solver.increments(velocity, theta, size, INNER_NODES)
         ends = shapes.split(theta + step.end)
         vector = layout.join(before._replace(coordinates=to_coordinates(ends)))
-        rate_end = field.motion(vector)
         # Inside the step the units stay as they are, and the clock runs at the pace that it has at the start.
         inner = [here.shift(change) for change in step.inner]
-        vectors = [y0.vector, *[layout.join(before._replace(coordinates=at)) for at in inner], vector]
-        rates_there = [rate, *[field.motion(at) for at in vectors[1:-1]], rate_end]
-        rates = jnp.stack([_frozen(field, *pair, here, moving.time) for pair in zip(vectors, rates_there, strict=True)])
+        vectors = jnp.stack([*[layout.join(before._replace(coordinates=at)) for at in inner], vector])
+        later = jax.lax.map(field.motion, vectors)
+        rate_end = later[-1]
+        pairs = zip([y0.vector, *vectors], [rate, *later], strict=True)
+        rates = jnp.stack([_frozen(field, *pair, here, moving.time) for pair in pairs])
         states = y0.vector + size * jnp.matmul(jnp.asarray(INTEGRATION, rates.dtype), rates, precision="highest")
         within = jnp.stack([here.joined, *[at.joined for at in inner], here.shift(step.end).joined])
         states = states.at[:, : shapes.size].set(within)

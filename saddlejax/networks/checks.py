@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .. import _check
@@ -18,7 +19,7 @@ _INSTEAD = (
 )
 
 
-def check_weights(argument: str, weights: Sequence[Array]) -> None:
+def check_weights(argument: str, weights: Sequence[Array | np.ndarray]) -> None:
     """Refuse weights that are not matrices, or whose neighbours do not fit."""
     if len(weights) == 0:
         raise _check.fail(argument, "hold at least one matrix", "empty")

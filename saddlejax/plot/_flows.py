@@ -57,7 +57,9 @@ def _descent_is_a_moment(log_times: np.ndarray, losses: np.ndarray) -> bool:
     return bool(log_times[-1] - begin < 0.05 * (log_times[-1] - log_times[0]))
 
 
-def staircase(flow: Flow, axes: Sequence[Axes] | None = None, *, layer: int = 0) -> Sequence[Axes]:
+def staircase(
+    flow: Flow, axes: Sequence[Axes] | np.ndarray | None = None, *, layer: int = 0
+) -> Sequence[Axes] | np.ndarray:
     """A flow from saddle to saddle: the loss, plateaus shaded and labelled with their rank, and singular values below.
 
     Singular values that stay below a tenth of the largest are grey. The label is the smallest rank of a layer (see

@@ -85,7 +85,7 @@ def exponents(results: xr.Dataset, ax: Axes | None = None, *, activation: str | 
     return ax
 
 
-def collapse(results: xr.Dataset, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+def collapse(results: xr.Dataset, axes: Sequence[Axes] | np.ndarray | None = None) -> Sequence[Axes] | np.ndarray:
     """Escape times of many activations side by side: as they are, and multiplied by their prefactors.
 
     **Arguments:** `results` of [`saddlejax.collapse`][]; `axes`, two of them, made anew by default.
