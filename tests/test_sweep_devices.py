@@ -26,9 +26,9 @@ def said(process):
     return words.strip().splitlines()[-1]
 
 
-def assert_same(a, b):
+def assert_same(a, b, apart=()):
     assert (a.status == b.status).all() and (a.status == "escaped").all()
-    for name in set(a.data_vars) - {"status"}:
+    for name in set(a.data_vars) - {"status", *apart}:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
@@ -42,7 +42,9 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("batch", [0, 2])
 def test_all_devices_of_a_host_are_used(tmp_path, alone, batch):
     assert said(begin(tmp_path / "two.nc", batch, devices=2)).endswith("on 2 devices")
-    assert_same(xr.load_dataset(tmp_path / "two.nc", engine="scipy"), alone)
+    # A batch takes the last steps of a flow once more, to locate its end.
+    counts = ("gradient_evaluations", "hessian_vector_products") if batch else ()
+    assert_same(xr.load_dataset(tmp_path / "two.nc", engine="scipy"), alone, counts)
 
 
 def test_processes_share_the_blocks_of_a_store(tmp_path, alone):
