@@ -171,9 +171,9 @@ def _cells(cell: xr.Dataset, r: int, *, at_saddle: bool) -> list[str]:
     escaped = cell.where(cell.status == ESCAPED, drop=True)
     if escaped.seed.size == 0:
         return ["–", "–", law, "–", "–"]
-    exponent = f"{float(escaped.exponent.mean()):.4f}"
-    if escaped.seed.size > 1:
-        exponent += f" ± {float(escaped.exponent.std()):.4f}"
+    middle, spread = float(escaped.exponent.mean()), float(escaped.exponent.std())
+    digits = ".4f" if max(abs(middle), spread) < 100 else ".0e"  # large where there was no plateau to speak of
+    exponent = f"{middle:{digits}}" + (f" ± {spread:{digits}}" if escaped.seed.size > 1 else "")
     return [
         power_of_ten(float(escaped.log_escape_time.median()), digits=3),
         exponent if at_saddle else "–",
