@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._host.threads import one_blas_thread
-from .integrate import Begin, Integration, Stretch, clock_from, conclude, stretch
+from .integrate import Integration, Stretch, stretch
+from .outcome import Begin, clock_from, conclude
 from .plan import SMOOTH_RTOL, STIFF_RTOL, FlowPlan
 from .state import ClockState
 from .status import Status
@@ -22,8 +23,8 @@ LARGEST_STIFF_RTOL = 0.1
 
 @eqx.filter_jit
 def _go_on(plan: FlowPlan, first: Begin, state: ClockState) -> tuple[Stretch, Status, Float[Array, ""]]:
-    found = stretch(clock_from(plan.problem, first), state, plan.until, plan.save, plan.steps, None, "lax")
-    return found, *conclude(plan.problem, first, plan.until, found)
+    found = stretch(clock_from(plan.problem, first), state, plan.until, plan.save, plan.steps, "lax")
+    return found, *conclude(plan.problem, first, plan.until, found.state, found.ends, found.stuck)
 
 
 def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Stretch]]:

@@ -8,19 +8,8 @@ from jaxtyping import Array, Bool, Int
 
 from .. import _check
 from .assemble import record
-from .integrate import (
-    Begin,
-    Integration,
-    Place,
-    begin as start,
-    clock_from,
-    conclude,
-    controller_of,
-    place_after,
-    place_of,
-    solve,
-    summary,
-)
+from .integrate import Integration, Place, controller_of, place_after, place_of, solve, summary
+from .outcome import Begin, begin as start, clock_from, conclude
 from .plan import FlowPlan, plan_flow as plan_flow
 from .result import Flow
 
@@ -89,4 +78,5 @@ def finish(plan: FlowPlan, flow: FlowInChunks, attempts: int) -> Flow:
     accepted, tried = flow.accepted + flow.more_accepted, flow.attempts + 2 * flow.more_attempts
     found = summary(clock, first.state, *plan[1:], solution, accepted, tried)
     found = found._replace(attempts=flow.attempts + flow.more_attempts)
-    return record(plan, Integration(first, found, *conclude(plan.problem, first, plan.until, found)), [found])
+    outcome = conclude(plan.problem, first, plan.until, found.state, found.ends, found.stuck)
+    return record(plan, Integration(first, found, *outcome), [found])
