@@ -117,5 +117,5 @@ def clock_of(problem: Problem) -> PlateauClock:
     """The plateau clock of a problem that is checked already."""
     field, vector, rate = start(problem)
     nothing = nothing_yet(field)
-    memory = remember(nothing, field, vector, rate, nothing.unsuited, nothing.unsuited)
+    memory = remember(nothing, field, vector, rate, nothing.unsuited, nothing.log_decay)
     return PlateauClock(field, ClockState.unknown(vector, memory), rate)

@@ -1,5 +1,7 @@
 """What is remembered along a flow, to tell whether rounding can matter and whether the flow has come to rest."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,6 +15,7 @@ LOSS_ROUNDING = 100
 RISE = 0.01
 CHANGE_OF_SIZE = 0.02
 ERROR_OF_GROUPS = 1e-3
+FORGOTTEN = math.log(1.25)
 NEAR_SADDLE = 0.75
 
 
@@ -34,13 +37,13 @@ def remember(
     vector: Float[Array, " state"],
     rate: Float[Array, " state"],
     unsuited: Float[Array, ""],
-    fastest: Float[Array, ""],
+    log_decay: Float[Array, ""],
 ) -> Memory:
     """The memory after one more state, whose rate is known. Whether it is at rest is judged by its gradient alone.
 
     A rise of the gradient norm counts where, since it was smallest, some group has changed its size, and where it is above
-    the errors of the steps along the direction that decays fastest, at a rate of `fastest` per unit of `s`: a bias that has
-    found its minimum leaves a gradient so small that errors make it go up and down.
+    the errors of the steps along the direction that decays fastest (`log_decay`): a bias that has found its minimum leaves
+    a gradient so small that errors make it go up and down.
     """
     here, moving = field.layout.split(vector).coordinates, field.layout.split(rate)
     share = cancellation(field, vector, rate)
@@ -58,8 +61,7 @@ def remember(
     rises = log_gradient > lowest + RISE
     if not field.perceptron:
         # What errors of the largest group along the fastest direction make of the gradient.
-        log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
-        log_errors = jnp.log(ERROR_OF_GROUPS * fastest) + jnp.max(here.log_norms()) - log_tau
+        log_errors = math.log(ERROR_OF_GROUPS) + log_decay + jnp.max(here.log_norms())
         rises = rises & (jnp.max(grown) > CHANGE_OF_SIZE) & (log_gradient > log_errors)
     rounding = log_gradient <= log_gradient_rounding(ratio, sensitivity)
     after = Memory(
@@ -74,10 +76,25 @@ def remember(
         at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
         log_sizes=sizes,
         rises=rises.astype(share.dtype),
-        log_decay=before.log_decay,
+        log_decay=log_decay,
         unsuited=unsuited,
     )
     return jax.lax.stop_gradient(after)
+
+
+def log_pace(field: PlateauField, rate: Float[Array, " state"]) -> Float[Array, ""]:
+    """`log τ` at a state with such a rate; that of the start where nothing moves."""
+    time = field.layout.split(rate).time
+    return jnp.log(jnp.where(time > 0, time, 1)) + field.log_time_unit
+
+
+def decay_seen(before: Memory, fastest: Float[Array, ""], log_tau: Float[Array, ""]) -> Float[Array, ""]:
+    """The logarithm of the fastest rate of decay per unit of `t`, after a step that shows a rate of `fastest` per unit of `s`.
+
+    A step shows it only where it moves along that direction, so that it is remembered, and slowly forgotten.
+    """
+    shown = jnp.where(fastest > 0, jnp.log(jnp.where(fastest > 0, fastest, 1)) - log_tau, -jnp.inf)
+    return jnp.maximum(before.log_decay - FORGOTTEN, shown)
 
 
 def cancellation(field: PlateauField, vector: Float[Array, " state"], rate: Float[Array, " state"]) -> Float[Array, ""]:
@@ -107,8 +124,7 @@ def cancellation(field: PlateauField, vector: Float[Array, " state"], rate: Floa
     # Where the loss has fallen, the groups shrink towards a minimum. So they do where the outputs of a perceptron are too
     # large: with `u` for their share of the targets, `𝓛 − 𝓛(0) = (½u² − u)C` is less than `⟨θ, ∇𝓛⟩/L = (u² − u)C`.
     rounding = LOSS_ROUNDING * jnp.finfo(distance.dtype).eps * jnp.abs(field.plateau)
-    log_tau = jnp.log(jnp.where(moving.time > 0, moving.time, 1)) + field.log_time_unit
-    outward = -jnp.sum(radial) * jnp.exp(-log_tau) / len(rates) if field.perceptron else 0
+    outward = -jnp.sum(radial) * jnp.exp(-log_pace(field, rate)) / len(rates) if field.perceptron else 0
     above = moving.loss >= field.plateau + NEAR_SADDLE * outward - rounding
     counts = moves & above & together & (jnp.sum(radial) < 0)
     return jnp.where(counts, jnp.minimum(distance, 1), 1)

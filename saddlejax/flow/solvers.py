@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from .. import _check
 from .._numerics import safe_norm
 from .field import PlateauField
-from .memory import remember
+from .memory import decay_seen, log_pace, remember
 from .state import ClockState, Memory
 
 ROUNDING = 1e3
-FORGOTTEN = math.log(1.25)
 STABILITY_LIMIT = 2.8
 """Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
 
@@ -103,18 +102,14 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         vector, error, within, solver_state, result = self._inner.step(
             _alone(terms, y0), t0, t1, y0.vector, args, solver_state, made_jump
         )
-        moves = within["k"]
-        rate = moves[-1] / (t1 - t0)
-        size = t1 - t0
+        moves, size = within["k"], t1 - t0
+        rate = moves[-1] / size
         fastest = self._stiffness(y0.vector, vector, moves, args.layout.shapes.size) / size
-        # The two stages show it only where they differ along the direction that decays fastest, so it is remembered.
-        time = args.layout.split(moves[0]).time / size
-        log_tau = jnp.log(jnp.where(time > 0, time, 1)) + args.log_time_unit
-        log_decay = jnp.where(fastest > 0, jnp.log(jnp.where(fastest > 0, fastest, 1)) - log_tau, -jnp.inf)
-        log_decay = jnp.maximum(y0.memory.log_decay - FORGOTTEN, log_decay)
+        log_tau = log_pace(args, moves[0] / size)
+        log_decay = decay_seen(y0.memory, fastest, log_tau)
         stiff = log_decay + log_tau + jnp.log(size) > math.log(STABILITY_LIMIT)
         unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiff, 1, -1), 0)
-        memory = remember(y0.memory, args, vector, rate, unsuited, fastest)._replace(log_decay=log_decay)
+        memory = remember(y0.memory, args, vector, rate, unsuited, log_decay)
         zero = jnp.zeros_like(vector)
         y1 = ClockState(vector, rate, memory, jnp.zeros_like(y0.error))
         wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))

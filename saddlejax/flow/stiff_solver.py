@@ -15,7 +15,7 @@ from ..parameters import GroupShapes
 from .coordinates import Coordinates, to_coordinates
 from .exponential import ExponentialRosenbrock, Work
 from .field import PlateauField
-from .memory import remember, smallest_share
+from .memory import decay_seen, log_pace, remember, smallest_share
 from .state import ClockState, Memory, Parts
 
 # Gauss-Lobatto quadrature with five nodes on [0, 1], exact for polynomials of degree seven.
@@ -147,17 +147,16 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         passed = layout.split(states[-1])
         vector = layout.join(passed._replace(coordinates=to_coordinates(ends)))
 
-        memory = remember(y0.memory, field, vector, rate_end, y0.error, step.fastest)
+        log_decay = decay_seen(y0.memory, step.fastest, log_pace(field, rate))
         growing = step.largest * before.time > GROWING * moving.time
         speed, response = jax.jvp(velocity, (theta + step.end,), (theta + step.end,))
         rests = ~growing & _is_rounding(speed, response, shapes)
         rests = rests | (layout.split(rate_end).time == 0)
         explicit = EXPLICIT_STAGES * jnp.maximum(size * step.fastest / STABILITY, 1)
         cost = PRODUCT_COST * step.work.products + 2 * len(NODES)
-        memory = memory._replace(
-            at_rest=jnp.where(rests, 1, 0).astype(vector.dtype),
-            unsuited=jnp.maximum(y0.memory.unsuited + jnp.where(explicit < WORTH_CHANGING * cost, 1, -1), 0),
-        )
+        unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(explicit < WORTH_CHANGING * cost, 1, -1), 0)
+        memory = remember(y0.memory, field, vector, rate_end, unsuited, log_decay)
+        memory = memory._replace(at_rest=jnp.where(rests, 1, 0).astype(vector.dtype))
         y1 = ClockState(vector, rate_end, memory, jnp.zeros_like(y0.error))
         wrong = eqx.tree_at(lambda y: y.error, jax.tree.map(jnp.zeros_like, y1), graded(shapes.split(step.estimate)))
         work = (step.work.vector_fields + len(NODES) - 1, step.work.products + 1)
