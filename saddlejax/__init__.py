@@ -16,6 +16,7 @@ from .flow import (
     PlateauSolver as PlateauSolver,
     Save as Save,
     Status as Status,
+    StiffPlateauSolver as StiffPlateauSolver,
     Time as Time,
     gradient_flow as gradient_flow,
     plateau_clock as plateau_clock,

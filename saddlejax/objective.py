@@ -101,6 +101,13 @@ class Problem(eqx.Module):
         """The task, where the objective is that of one."""
         return self.objective.task if isinstance(self.objective, TaskObjective) else None
 
+    @property
+    def lowered(self) -> Task | Callable[[Any], Array]:
+        """What the problem was made of, beside the model: the task, or the function `loss(model)`."""
+        objective = self.objective
+        assert isinstance(objective, TaskObjective | LossObjective)
+        return objective.task if isinstance(objective, TaskObjective) else objective.function
+
     def loss(self, arrays: tuple[Array, ...]) -> Float[Array, ""]:
         """The loss as a function of the groups."""
         return self.objective.loss(self.parameters.with_arrays(arrays))

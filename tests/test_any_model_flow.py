@@ -382,7 +382,8 @@ def test_a_batch_of_models_equals_its_lanes():
 
     # A model holds functions, which plain `jax.vmap` cannot return.
     times, batch = jax.vmap(lambda scale: run(scale).log_escape_time)(scales), eqx.filter_vmap(run)(scales)
-    np.testing.assert_allclose(times, batch.log_escape_time, rtol=1e-12)
+    # Two programs, whose sums XLA may order differently.
+    np.testing.assert_allclose(times, batch.log_escape_time, rtol=1e-9)
     for lane, scale in enumerate(scales):
         alone = run(scale)
         assert float(batch.log_escape_time[lane]) == pytest.approx(float(alone.log_escape_time), abs=1e-8)

@@ -104,7 +104,7 @@ def test_site_builds_and_its_links_resolve(tmp_path):
         "flow.field.PlateauField",
         "flow.state.ClockState",
     ]
-    names += ["flow.stiff_solver.StiffPlateauSolver", "saddle.SaddleOrder", "parameters.Parameters"]
+    names += ["StiffPlateauSolver", "saddle.SaddleOrder", "parameters.Parameters"]
     assert "gradient_flow" in names and [name for name in names if f'id="saddlejax.{name}"' not in reference] == []
     # Formulas are MathML by now, TeX and all: no script draws them.
     for page, text in pages.items():

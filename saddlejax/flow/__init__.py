@@ -8,4 +8,5 @@ from .record import Save as Save
 from .result import Flow as Flow
 from .solvers import PlateauSolver as PlateauSolver
 from .status import Status as Status
+from .stiff_solver import StiffPlateauSolver as StiffPlateauSolver
 from .until import Escape as Escape, Loss as Loss, Time as Time

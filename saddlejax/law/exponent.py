@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .. import _check
 from ..bottleneck import chosen_groups
 from ..flow import Escape, Save, gradient_flow
-from ..objective import LossObjective, Problem, as_problem
+from ..objective import Problem, as_problem
 from ..parameters import Trainable
 from ..tasks.task import Task
 
@@ -41,7 +41,8 @@ def critical_exponent(
     - `until`: [`saddlejax.Escape`][]; by default the steepest point of the first descent.
     - `rtol`: of the flow.
 
-    **Returns:** a scalar; NaN where the flow did not escape.
+    **Returns:** a scalar; NaN where the flow did not escape. Derivatives go through explicit steps only, and where something
+    decays fast all along the plateau, as a bias of the last layer does, these end at their limit: compare two flows then.
 
     **Raises:** `ValueError` as the flow does, for unknown layers, and where none are named and it is not clear which ones
     are small. Other layers, scales, seeds or data of the same shapes compile nothing anew.
@@ -65,19 +66,12 @@ def _exponent(
     trainable: Trainable | None,
     rtol: float | int | Array | None,
 ) -> Float[Array, ""]:
-    task = problem.task if problem.task is not None else _function(problem)
-
     def log_time(log_factor: Array) -> Array:
         arrays = problem.parameters.arrays
         scaled = [jnp.where(small, a * jnp.exp(log_factor), a) for a, small in zip(arrays, mask, strict=True)]
         model, save = problem.parameters.with_arrays(scaled), Save(steps=False, singular_values=False)
-        return gradient_flow(model, task, until, trainable=trainable, rtol=rtol, save=save).log_escape_time
+        return gradient_flow(model, problem.lowered, until, trainable=trainable, rtol=rtol, save=save).log_escape_time
 
     zero = jnp.zeros((), problem.parameters.arrays[0].dtype)
     time, slope = jax.jvp(log_time, (zero,), (jnp.ones_like(zero),))
     return jnp.where(jnp.isnan(time), jnp.nan, -slope)
-
-
-def _function(problem: Problem) -> Callable[[Any], Array]:
-    assert isinstance(problem.objective, LossObjective)
-    return problem.objective.function

@@ -12,7 +12,7 @@ from .._numerics import safe_norm
 from ..bottleneck import group_scales
 from ..curvature.sharpness import sharpness
 from ..flow import Escape, Save, Status, gradient_flow
-from ..objective import LossObjective, Problem, outputs
+from ..objective import Problem, outputs
 from ..parameters import Parameters, Trainable
 from ..saddle.order import SaddleOrder, saddle_point
 from .follow import Followed, follow, share_of_optimum, steepest_energy
@@ -84,8 +84,7 @@ def predict_from_whole_loss(
     problem: Problem, small: tuple[int, ...], trainable: Trainable | None, with_sharpness: bool
 ) -> EscapePrediction:
     """Follow the loss itself to its escape: without outputs there is nothing that it could be linear in."""
-    objective, parameters = problem.objective, problem.parameters
-    lowered = objective.function if isinstance(objective, LossObjective) else problem.task
+    parameters, lowered = problem.parameters, problem.lowered
     order, _ = saddle_point(problem, small)
     save = Save(steps=False, singular_values=False)
     flow = gradient_flow(parameters.model, lowered, Escape(), trainable=trainable, save=save)

@@ -131,8 +131,8 @@ def _conjugate_gradients(product: Callable[[Array], Array], right: Array) -> Arr
         stop = curvature <= eps * jnp.dot(direction, direction)
         length = jnp.where(stop, jnp.where(count == 0, 1, 0), square / jnp.where(stop, 1, curvature))
         left = rest - length * image
-        following = left + jnp.dot(left, left) / jnp.where(square > 0, square, 1) * direction
-        return solution + length * direction, left, following, count + 1, stop
+        conjugate = left + jnp.dot(left, left) / jnp.where(square > 0, square, 1) * direction
+        return solution + length * direction, left, conjugate, count + 1, stop
 
     begin = (jnp.zeros_like(right), right, right, jnp.asarray(0), jnp.asarray(False))
     return jax.lax.while_loop(going, step, begin)[0]
