@@ -126,10 +126,10 @@ def test_an_interruption_ends_the_program_and_keeps_what_was_computed(tmp_path, 
     while process.poll() is None:  # a signal that comes while Python collects garbage is lost
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(5)
     rest, errors = process.communicate()
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors, errors
-    assert rest.count("lane") < 1000
+    assert rest.count("lane") < 5000
     if kind != "scan" and moment == "lane":
         with xr.open_zarr(store) as kept:
             assert int((kept.status == "time reached").sum()) >= 20 * (1 + rest.count("lane"))

@@ -120,16 +120,16 @@ class PlateauField(eqx.Module):
         )
         inverses = jnp.exp(-here.log_units)
         relative = shapes.join([slope * inverse for slope, inverse in zip(slopes, inverses, strict=True)])
-        squares = shapes.inner(relative, relative)
-        norm = _norm(relative, jnp.sum(squares))  # 1/τ
+        norm = _norm(relative, jnp.sum(shapes.inner(relative, relative)))  # 1/τ
         stalled = norm == 0
         tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
-        radial, speeds = -tau * shapes.inner(here.joined, relative), jnp.square(tau) * squares
+        turning = -tau * relative
+        radial, speeds = shapes.inner(here.joined, turning), shapes.inner(turning, turning)
         units = jnp.exp(2 * here.log_units)
         energy = jnp.sum(units * speeds) * norm  # τ‖∇𝓛‖²
         drift = 2 * jnp.diff(units * radial) if self.layout.hidden else jnp.zeros(0, tau.dtype)
         log_pace = jnp.where(stalled, -jnp.inf, jnp.log(jnp.where(stalled, 1, norm)))
-        rates = here.along(-tau * relative, radial, speeds)
+        rates = here.along(turning, radial, speeds)
         return Parts(rates, jnp.zeros_like(tau), loss, energy, drift), log_pace
 
 

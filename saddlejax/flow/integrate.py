@@ -24,8 +24,6 @@ from .until import AbstractUntil
 
 Kind = Literal["lax", "bounded"]
 
-Kind = Literal["lax", "bounded"]
-
 
 class Steps(eqx.Module):
     """How the steps of a flow are taken.
