@@ -59,6 +59,13 @@ def positive_number(argument: str, value: Any, remedy: str = "") -> None:
         raise fail(argument, "be positive and finite", value, remedy)
 
 
+def tolerance(argument: str, value: Any) -> None:
+    """Refuse anything but numbers between zero and one, neither of which is a tolerance; traced values pass."""
+    positive_number(argument, value)
+    if is_concrete(value) and np.any(np.asarray(value) >= 1):
+        raise fail(argument, "be below one", value)
+
+
 def whole_number(argument: str, value: Any, least: int = 1) -> None:
     """Refuse anything but whole numbers of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, no_type_check
 
 import jax
 import matplotlib
@@ -26,6 +26,8 @@ from ..sweeps.describe import versions
 
 FAILED, WRONG_USAGE, NOT_REACHED, STOPPED = 1, 2, 3, 130
 """The exit statuses besides zero; `docs/cli.md` says what they mean."""
+Context = Any
+"""What typer hands to a command that asks for a `typer.Context`, which is an object of another class."""
 LISTENING = 0.2
 """Seconds between two looks at whether the work is done."""
 
@@ -40,6 +42,7 @@ console = Console(markup=False)  # what stands in brackets, in paths and message
 
 
 @app.callback()
+@no_type_check
 def _begin(context: typer.Context) -> None:
     """How deep networks leave the plateaus of training from small weights."""
     jax.config.update("jax_enable_x64", True)
@@ -54,7 +57,7 @@ def version() -> None:
 
 
 def complete(
-    context: typer.Context,
+    context: Context,
     work: Callable[[Progress], None],
     report: Callable[[bool], None],
     *,
@@ -109,13 +112,13 @@ def _stop(bar: Progress) -> None:
         bar.stop()
 
 
-def fail(error: Exception, context: typer.Context) -> NoReturn:
+def fail(error: Exception, context: Context) -> NoReturn:
     """Print an error and end: with the status of wrong usage where an option, or what it names, is at fault."""
     console.print(Text.assemble(("error:", "red"), f" {_as_typed(str(error), context)}"))
     raise typer.Exit(WRONG_USAGE if isinstance(error, ValueError | TypeError | FileNotFoundError) else FAILED) from None
 
 
-def _as_typed(message: str, context: typer.Context) -> str:
+def _as_typed(message: str, context: Context) -> str:
     """A message with the argument it begins with as it was typed: `--scale must be positive`."""
     argument = re.match(r"\w*", message)[0]  # type: ignore[index]
     for parameter in context.command.params:
@@ -153,7 +156,7 @@ def progress_bar() -> Progress:
     )
 
 
-def write_numbers(path: Path, context: typer.Context, *, finished: bool, **results: Any) -> None:
+def write_numbers(path: Path, context: Context, *, finished: bool, **results: Any) -> None:
     """Write results as JSON, with the options of the command and the versions that computed them.
 
     JSON knows neither infinities nor NaN: they are null. The file is replaced as a whole, never half written.

@@ -1,7 +1,7 @@
 """Optimal escape directions over depth."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import jax
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ from ._app import NOT_REACHED, app, complete, console, write_numbers
 
 
 @app.command(short_help="Optimal escape directions, over depth.")
+@no_type_check
 def direction(
     context: typer.Context,
     data: Annotated[str, typer.Option(help="As for saddlejax escape.")] = "digits",

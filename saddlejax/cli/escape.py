@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import matplotlib.pyplot as plt
 import typer
@@ -23,6 +23,7 @@ ESCAPED = Status[Status.escaped]
 
 
 @app.command(short_help="Escape times from the first plateau, over init scales.")
+@no_type_check
 def escape(
     context: typer.Context,
     data: Annotated[

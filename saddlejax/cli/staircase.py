@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import jax
 import matplotlib.pyplot as plt
@@ -28,6 +28,7 @@ CHECK = 3.0
 
 
 @app.command(short_help="One network, from saddle to saddle.")
+@no_type_check
 def staircase(
     context: typer.Context,
     activation: Annotated[

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,6 +26,7 @@ WITHOUT_FAULT = (
 
 
 @app.command(short_help="A grid of networks from a file, resumable.")
+@no_type_check
 def sweep(
     context: typer.Context,
     specification: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What to compute, and where to keep it.")],

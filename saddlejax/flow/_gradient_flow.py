@@ -139,7 +139,7 @@ def _finish(flow: Flow, model: PyTree, task: Task | Callable[[Any], Array], foun
         raise _check.fail(
             "until",
             "not be met at the start",
-            f"{until.describe()}, and the loss starts at {float(found.first.row.loss):.6g}",
+            f"{until.describe()}, and the loss starts at {float(found.stretch.first.loss):.6g}",
             "Start from smaller weights (saddlejax.scale_layers) or set a target further on.",
         )
     cut = trim(flow, int(np.sum(np.asarray(flow.steps) >= 0)))
@@ -153,7 +153,7 @@ def _check_finite(model: PyTree, found: Integration) -> None:
     parameters = Parameters.of(model)
     for name, array in zip(parameters.names, parameters.arrays, strict=True):
         _check.finite(f"model.{name}", array)
-    loss = float(found.first.row.loss)
+    loss = float(found.stretch.first.loss)
     if not np.isfinite(loss):
         raise _check.fail(
             "task",

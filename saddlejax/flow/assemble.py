@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .field import field_of
 from .integrate import Integration, Steps, Stretch
 from .memory import smallest_share
 from .plan import FlowPlan
-from .record import Row, Save, imbalance_residual
+from .record import Row, Save, imbalance_residual, where_rows
 from .result import Flow
 from .status import Status
 from .until import AbstractUntil
@@ -23,7 +23,7 @@ def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow
     norms = rows.group_norms
     squares = jnp.square(norms)
     imbalance = jnp.diff(squares) if problem.perceptron else None
-    begin_squares = jnp.square(first.row.group_norms)
+    begin_squares = jnp.square(stretches[0].first.group_norms)
     total = lambda name: sum(getattr(one, name) for one in stretches)  # noqa: E731
     least = smallest_share(steps.rtol)
     lost = (memory.dormant_lost > 0) | (memory.least_share < least) | (status == Status.below_rounding)
@@ -67,8 +67,8 @@ def _rows(
         return _rows_at_times(found, stretches, at_end, until, save)
     taken = sum(one.accepted for one in stretches)
     if not save.steps:
-        return jax.tree.map(lambda *both: jnp.stack(both), found.first.row, at_end), jnp.stack([0 * taken, taken])
-    rows = [jax.tree.map(lambda a: a[None], found.first.row)]
+        return jax.tree.map(lambda *both: jnp.stack(both), stretches[0].first, at_end), jnp.stack([0 * taken, taken])
+    rows = [jax.tree.map(lambda a: a[None], stretches[0].first)]
     counts, before = [jnp.zeros(1, int)], jnp.asarray(0)
     for one in stretches:
         assert one.rows is not None and one.row_steps is not None
@@ -90,20 +90,15 @@ def _rows_at_times(
     assert rows is not None and steps is not None and save.times is not None
     for one in stretches[1:]:
         assert one.rows is not None and one.row_steps is not None
-        rows = _where(one.row_steps >= 0, one.rows, rows)
+        rows = where_rows(one.row_steps >= 0, one.rows, rows)
         steps = jnp.where(one.row_steps >= 0, one.row_steps + before, steps)
         before = before + one.accepted
     # A flow that moves no more stays as it is until the time asked for.
     log_times, ends = jnp.log(save.times).astype(found.log_time.dtype), found.stretch.ends
     rests = (found.status == until.reached) & ends.at_rest & ~ends.until
     coming = (steps < 0) & (log_times <= found.log_time) & rests
-    rows = _where(coming, at_end, rows)
+    rows = where_rows(coming, at_end, rows)
     return rows._replace(log_time=jnp.where(coming, log_times, rows.log_time)), jnp.where(coming, before, steps)
-
-
-def _where(choice: Bool[Array, " rows"], yes: Row, no: Row) -> Row:
-    """Rows of the one or the other, row by row."""
-    return jax.tree.map(lambda a, b: jnp.where(choice.reshape(-1, *[1] * (b.ndim - 1)), a, b), yes, no)
 
 
 def _method(steps: Steps, stretches: list[Stretch]) -> str:

@@ -40,7 +40,7 @@ def begin(plan: FlowPlan) -> FlowInChunks:
     """
     if plan.save.steps or plan.save.times is not None:
         raise _check.fail("save", "keep the first and the last row only in a batch", "one that keeps more")
-    first = start(plan.problem, plan.until, plan.save)
+    first = start(plan.problem, plan.until)
     clock, zero = clock_from(plan.problem, first), jnp.asarray(0)
     at, state = place_of(first.state)[:2]
     # What diffrax does before the first step, without compiling a solve for it.

@@ -61,7 +61,7 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
     norm: ClassVar[Callable[..., Array]] = optx.max_norm
 
     def __check_init__(self) -> None:
-        _check.positive_number("rtol", self.rtol)
+        _check.tolerance("rtol", self.rtol)
 
     def wrap(self, direction: Any) -> "PlateauController":
         """The clock runs forwards only."""

@@ -120,7 +120,7 @@ class PlateauField(eqx.Module):
         )
         inverses = jnp.exp(-here.log_units)
         relative = shapes.join([slope * inverse for slope, inverse in zip(slopes, inverses, strict=True)])
-        norm = _norm(relative, jnp.sum(shapes.inner(relative, relative)))  # 1/τ
+        norm = safe_norm(relative)  # 1/τ
         stalled = norm == 0
         tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
         turning = -tau * relative
@@ -136,13 +136,6 @@ class PlateauField(eqx.Module):
 def known(state: ClockState) -> Array:
     """Whether the rate of a state is known."""
     return ~jnp.isnan(state.rate[-1])
-
-
-def _norm(vector: Float[Array, " parameters"], squares: Float[Array, ""]) -> Float[Array, ""]:
-    """The norm of a vector whose sum of squares is known, anew where that may have underflown."""
-    limits = jnp.finfo(vector.dtype)
-    plain = (squares > limits.tiny / limits.eps**2) & (squares < limits.max)
-    return jax.lax.cond(plain, lambda v: jnp.sqrt(jnp.where(plain, squares, 1)), safe_norm, vector)
 
 
 def field_of(problem: Problem, scales: Scales) -> PlateauField:

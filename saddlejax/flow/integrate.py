@@ -14,7 +14,7 @@ from .clock import PlateauClock
 from .controller import PlateauController, StepSize
 from .ending import EndingController, Ends
 from .outcome import Begin, begin, clock_from, conclude
-from .record import Row, Save, row
+from .record import Row, Save, row, where_rows
 from .rows_at_times import RowsAtTimes
 from .solvers import PlateauSolver
 from .state import ClockState
@@ -61,13 +61,14 @@ class Stretch(NamedTuple):
     """A part of a flow that one call of diffrax computes.
 
     - `state`: at its end, with its rate.
-    - `last`: the row there.
+    - `first`, `last`: the rows of its first state and of its last.
     - `rows`, `row_steps`: of the accepted steps, or at the times asked for; the steps until each; None where only ends count.
     - `ends`: why it ended; `stuck`: no step was found whose result is finite and does not raise the loss.
     - `accepted`, `attempts`, `gradients`, `products`: the work.
     """
 
     state: ClockState
+    first: Row
     last: Row
     rows: Row | None
     row_steps: Int[Array, " rows"] | None
@@ -177,7 +178,9 @@ def summary(
     """The stretch that begins at a state and ends with a solve, after so many attempts."""
     field, after = clock.args, place_after(solution)
     end = eqx.tree_at(lambda y: y.rate, after.state, field.motion(after.state.vector))
-    last, inner, max_steps = row(save, field, end), after.solver_state, steps.max_steps
+    outer = jax.lax.map(lambda y: row(save, field, y), jax.tree.map(lambda *two: jnp.stack(two), state, end))
+    first, last = (jax.tree.map(lambda a, n=n: a[n], outer) for n in (0, 1))
+    inner, max_steps = after.solver_state, steps.max_steps
     rows, row_steps, for_rows = None, None, jnp.asarray(1)
     if save.times is not None:
         later = inner.rows.log_time > field.log_time(end)
@@ -186,8 +189,7 @@ def summary(
     elif save.steps:
         assert solution.ys is not None
         index = jnp.arange(max_steps)
-        rows = _blank(jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]), index >= accepted)
-        rows = jax.tree.map(lambda all, one: all.at[jnp.maximum(accepted - 1, 0)].set(one), rows, last)
+        rows = where_rows(index == accepted - 1, last, jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]))
         rows, row_steps = _blank(rows, index >= accepted), jnp.where(index < accepted, index + 1, -1)
     runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
     attempts = jnp.where(runs, attempts, 0)
@@ -197,6 +199,7 @@ def summary(
         gradients, products = PlateauSolver(steps.explicit).gradients(attempts), jnp.asarray(0)
     return Stretch(
         state=end,
+        first=first,
         last=last,
         rows=rows,
         row_steps=row_steps,
@@ -211,7 +214,7 @@ def summary(
 
 def _blank(rows: Row, where: Bool[Array, " rows"]) -> Row:
     """The rows with NaN in some places."""
-    return jax.tree.map(lambda a: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a), rows)
+    return where_rows(where, jax.tree.map(lambda a: jnp.full_like(a[0], jnp.nan), rows), rows)
 
 
 class Integration(NamedTuple):
@@ -248,6 +251,6 @@ def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 
 def _integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps, kind: Kind) -> Integration:
-    first = begin(problem, until, save)
+    first = begin(problem, until)
     found = stretch(clock_from(problem, first), first.state, until, save, steps, kind)
     return Integration(first, found, *conclude(problem, first, until, found.state, found.ends, found.stuck))

@@ -10,7 +10,6 @@ from ..objective import Problem, TaskObjective
 from .clock import PlateauClock, clock_of
 from .ending import STILL_ON_PLATEAU, Ends
 from .field import PlateauField, Scales, field_of
-from .record import Row, Save, row
 from .rounding import dormant_gradient_lost, dormant_lost, signal_left
 from .state import ClockState
 from .status import Status
@@ -20,11 +19,10 @@ UNDERFLOW_MARGIN = 1e4
 
 
 class Begin(NamedTuple):
-    """The start of a flow: its scales, the state with its rate, its row, and an outcome where there is one at once."""
+    """The start of a flow: its scales, the state with its rate, and an outcome where there is one at once."""
 
     scales: Scales
     state: ClockState
-    row: Row
     status: Status
 
 
@@ -33,7 +31,7 @@ def clock_from(problem: Problem, first: Begin) -> PlateauClock:
     return PlateauClock(field_of(problem, first.scales), first.state, first.state.rate)
 
 
-def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
+def begin(problem: Problem, until: AbstractUntil) -> Begin:
     """The start of a flow. Where it ends at once, its state is at rest, so that no step is taken."""
     clock = clock_of(problem)
     field = clock.args
@@ -51,7 +49,7 @@ def begin(problem: Problem, until: AbstractUntil, save: Save) -> Begin:
         status = Status.where(happened, outcome, status)
     over = jnp.where(status == Status.step_limit, 0, 1).astype(state.vector.dtype)
     state = eqx.tree_at(lambda y: y.memory, state, state.memory._replace(at_rest=over))
-    return Begin(field.scales, state, row(save, field, state), status)
+    return Begin(field.scales, state, status)
 
 
 def conclude(

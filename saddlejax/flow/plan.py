@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import _check
@@ -67,9 +66,7 @@ def checked_options(
     exponential = bool(stiff) and not jumps
     if rtol is None:
         rtol = KINKED_RTOL if jumps else STIFF_RTOL if exponential else SMOOTH_RTOL
-    _check.positive_number("rtol", rtol)
-    if _check.is_concrete(rtol) and np.any(np.asarray(rtol) >= 1):
-        raise _check.fail("rtol", "be below one", rtol)
+    _check.tolerance("rtol", rtol)
     steps = Steps(
         explicit=None if exponential else explicit,
         rtol=jnp.asarray(rtol, float),

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import equinox as eqx
 import jax
@@ -89,7 +89,13 @@ class Plateaus(eqx.Module):
     def __len__(self) -> int:
         return len(self.plateaus)
 
-    def __getitem__(self, index: int) -> Plateau:
+    @overload
+    def __getitem__(self, index: int) -> Plateau: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Plateau, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Plateau | tuple[Plateau, ...]:
         return self.plateaus[index]
 
     def __iter__(self) -> Iterator[Plateau]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .. import _check
 from .coordinates import Coordinates
@@ -82,6 +83,11 @@ def row(save: Save, field: PlateauField, state: ClockState) -> Row:
         singular_values=spectra(coordinates) if save.singular_values else None,
         arrays=coordinates.arrays() if save.weights else None,
     )
+
+
+def where_rows(choice: Bool[Array, " rows"], yes: Row, no: Row) -> Row:
+    """Rows of the one or the other, row by row; a single row serves for all."""
+    return jax.tree.map(lambda a, b: jnp.where(choice.reshape(-1, *[1] * (b.ndim - 1)), a, b), yes, no)
 
 
 def spectra(coordinates: Coordinates) -> tuple[Float[Array, " _"] | None, ...]:

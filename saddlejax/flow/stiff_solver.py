@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .. import _check
 from .._numerics import safe_norm
 from ..parameters import GroupShapes
 from .coordinates import Coordinates, to_coordinates
@@ -94,6 +95,10 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
     krylov_size: int = eqx.field(static=True, default=48)
     term_structure: ClassVar = dfx.ODETerm
     interpolation_cls: ClassVar[Callable[..., NodeInterpolation]] = NodeInterpolation
+
+    def __check_init__(self) -> None:
+        _check.tolerance("rtol", self.rtol)
+        _check.whole_number("krylov_size", self.krylov_size)
 
     def order(self, terms: Any) -> int:
         """Four; the error estimate is that of a method of order three."""

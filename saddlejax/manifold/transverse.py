@@ -97,7 +97,7 @@ def transverse_amplification(
     length = safe_norm(jnp.stack([safe_norm(w) for w in across]))
     save = Save(weights=True, singular_values=False)
 
-    def follow(amount: Array) -> tuple[Weights, Flow]:
+    def follow(amount: Array) -> tuple[tuple[Array, ...], Flow]:
         moved = start.with_weights([w + amount * d for w, d in zip(start.weights, across, strict=True)])
         flow = gradient_flow(moved, task, until, rtol=rtol, save=save)
         assert flow.weights is not None
