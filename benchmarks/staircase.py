@@ -4,7 +4,8 @@
 
 From small weights to the end of the last plateau. In one run:
 
-- the stiff integrator of the library (`stiff=True`) and its explicit one, with their defaults;
+- the exponential steps of the library (`stiff=True`, "stiff" below), its explicit ones (`stiff=False`), and its own choice (the
+  default, "automatic"), with their tolerances;
 - implicit with the Hessian as a matrix: SciPy's BDF and Radau, and diffrax's Kvaerno5, in time t, with absolute tolerances that
   follow the init scale;
 - implicit and matrix-free: Rodas4 with conjugate gradients on Hessian-vector products, its errors relative to the singular
@@ -13,7 +14,7 @@ From small weights to the end of the last plateau. In one run:
 1. Against the init scale: linear teacher of singular values 4, 2, 1, ½, width 10, depths 3 and 4.
 2. Against the width, at one scale and depth 3.
 3. Width 100, depth 4: the stiff integrator at ε = 1e-3, against the explicit one at a scale thirty times larger.
-4. On 200 digits: tanh by both integrators of the library; ReLU, where the explicit one does better.
+4. On 200 digits: tanh by both integrators of the library and by its choice; ReLU, where the explicit one does better.
 5. Memory of a stiff flow as the width grows.
 
 The error of a run is the worst relative error of the times at which the loss falls to half-way between two plateaus; the
@@ -57,7 +58,7 @@ QUICK = {
     "width_scale": 1e-1,
     "memory_widths": [],
     "wide": 0,
-    "methods": ["stiff", "Rodas4, CG"],
+    "methods": ["automatic", "stiff", "Rodas4, CG"],
     "data_scales": [],
 }
 
@@ -106,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes.append(
             f"The stiff integrator at rtol 1e-6 agrees with LSODA at 1e-10 to {max(checks):.0e}, where both run."
         )
+    found = [row["runs"] for row in scale_rows + width_rows]
+    ratios = [against_better(runs) for runs in found if "total" in runs.get("automatic", {})]
+    if ratios:
+        notes.append(
+            f"The automatic choice takes {min(ratios):.2f} to {max(ratios):.2f} times the work of the better of the two."
+        )
     numbers = {"scale": scale_rows, "width": width_rows, "wide": wide_rows, "data": data_rows, "memory": memory_rows}
     common.save(options, tables, numbers, figure(scale_rows, width_rows, options), notes)
 
@@ -113,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def network(task: sj.Task, width: int, depth: int, activation: str, scale: float) -> sj.MLP:
     sizes = [task.in_size, *[width] * (depth - 1), task.out_size]
     return sj.scale_layers(sj.MLP(sizes, activation, key=jax.random.key(0)), scale)
+
+
+def work(gradients: int, products: int) -> int:
+    """In gradients, a Hessian-vector product counting as two."""
+    return gradients + 2 * products
 
 
 @partial(jax.jit, static_argnames=("stiff", "max_steps"))
@@ -124,12 +136,15 @@ def crossing_times(flow: sj.Flow, levels: tuple[float, ...]) -> np.ndarray:
     return np.array([crossing_log_time(flow, level) for level in levels])
 
 
-def library(stiff: bool) -> Callable[..., Passage]:
-    """The library's stiff or explicit integrator, with its default tolerance."""
+def library(stiff: bool | None) -> Callable[..., Passage]:
+    """The library's stiff or explicit integrator, or its choice, with its default tolerance."""
 
     def run(net: sj.MLP, task: sj.Task, levels: tuple[float, ...], scale: float) -> Passage:
-        rtol = jnp.asarray(STIFF_RTOL if stiff else SMOOTH_RTOL)
-        call = partial(follow, net, task, rtol, stiff, STIFF_STEPS if stiff else EXPLICIT_STEPS)
+        if stiff is None:  # which lives on the host
+            call = partial(sj.gradient_flow, net, task, sj.Loss(END), max_steps=STIFF_STEPS, save=TINY)
+        else:
+            rtol = jnp.asarray(STIFF_RTOL if stiff else SMOOTH_RTOL)
+            call = partial(follow, net, task, rtol, stiff, STIFF_STEPS if stiff else EXPLICIT_STEPS)
         flow, seconds = common.timed(call, repeats=3)
         stats = {name: int(count) for name, count in flow.stats.items()}
         counts = stats["gradient_evaluations"], stats["hessian_vector_products"]
@@ -139,6 +154,7 @@ def library(stiff: bool) -> Callable[..., Passage]:
 
 
 METHODS: dict[str, Callable[..., Passage]] = {
+    "automatic": library(None),
     "stiff": library(True),
     "explicit": library(False),
     "SciPy BDF, dense": implicit.dense("BDF", 1e-5),
@@ -199,7 +215,13 @@ def total(run: Passage, parameters: int) -> float | None:
     """Work in gradients, a Hessian-vector product counting as two; None where the method does not tell."""
     if run.gradients is None:
         return None
-    return run.gradients + 2 * (run.products + parameters * run.hessians)
+    return work(run.gradients, run.products + parameters * run.hessians)
+
+
+def against_better(runs: dict[str, dict[str, Any]]) -> float:
+    """The work of the automatic choice over that of the better of both kinds of step."""
+    both = [runs[name]["total"] for name in ("stiff", "explicit") if runs.get(name, {}).get("total") is not None]
+    return runs["automatic"]["total"] / min(both)
 
 
 def expect(name: str, row: dict[str, Any], before: list[dict], over: str) -> dict[str, Any] | None:
@@ -264,7 +286,7 @@ def wide(width: int) -> tuple[list[dict], common.Table]:
 
 
 def data(scales: Sequence[float]) -> tuple[list[dict], common.Table]:
-    """Both integrators of the library on digits, and how far the ends of the plateaus move at another tolerance."""
+    """Both integrators of the library and its choice on digits, and how far the ends of the plateaus move at another tolerance."""
     digits = sj.tasks.digits()
     task = sj.Task(digits.x[:200], digits.y[:200])
     rows = []
@@ -283,7 +305,7 @@ def data(scales: Sequence[float]) -> tuple[list[dict], common.Table]:
     cases = [("tanh", scale, 0.07) for scale in scales] + [("relu", scale, 0.2) for scale in scales if scale < 0.1]
     for activation, scale, end in track(cases, description="digits"):
         net = network(task, 10, 3, activation, scale)
-        for stiff in (True, False) if activation == "tanh" else (False,):
+        for stiff in (None, True, False) if activation == "tanh" else (False,):
             rtol = 1e-2 if stiff else 1e-4 if activation == "tanh" else 2e-4
             options = {"stiff": stiff, "max_steps": 20_000}
             until = partial(sj.gradient_flow, net, task, sj.Loss(end), **options)
@@ -297,7 +319,7 @@ def data(scales: Sequence[float]) -> tuple[list[dict], common.Table]:
             rows.append(row | {"plateau_losses": [p.loss for p in found], "ends_move": moves})
             counts = [f"{stats[name]:,}" for name in ("gradient_evaluations", "hessian_vector_products")]
             moved = " ".join(f"{abs(move):.0e}" for move in moves)
-            name = "stiff" if stiff else "explicit"
+            name = {None: "automatic", True: "stiff", False: "explicit"}[stiff]
             start = [activation, f"{scale:g}", f"{end:g}", name]
             cells.append([*start, *counts, common.number(seconds), str(len(found)), moved])
     return rows, common.Table("200 digits, width 10, depth 3: through the plateaus", columns, cells)

@@ -32,8 +32,7 @@ import jax
 import jaxtyping
 import pytest
 
-if os.environ.get("SADDLEJAX_TYPECHECK") == "1":  # before anything imports saddlejax
-    jaxtyping.install_import_hook("saddlejax", "beartype.beartype")
+jaxtyping.install_import_hook("saddlejax", "beartype.beartype")  # before anything imports saddlejax
 jax.config.update("jax_enable_x64", True)
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that live
 

@@ -16,7 +16,7 @@ from .status import Status
 
 STIFF_STEPS = 15
 """After so many more steps bounded by stability than not, exponential ones are tried."""
-UNPAID_STEPS = 5
+UNPAID_STEPS = 3
 """After so many more exponential steps that explicit ones would have been cheaper than, the flow goes back."""
 LARGEST_STIFF_RTOL = 0.1
 
@@ -31,7 +31,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
     """Follow a flow on by the other kind of step, as long as it stops for that.
 
     The first step of the other kind is that of a new flow, since the last one was bounded by something else. Each time that
-    explicit steps turn out to be bounded by stability again, both kinds are given twice the time.
+    explicit steps turn out to be bounded by stability again, they are given twice the time.
     """
     steps = plan.steps
     stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
@@ -40,7 +40,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
     while stopped_for_other_steps(stretches[-1]) and sum(int(one.attempts) for one in stretches) < steps.max_steps:
         last = stretches[-1]
         exponential = not exponential
-        waits = (UNPAID_STEPS if exponential else STIFF_STEPS) * patience
+        waits = UNPAID_STEPS if exponential else STIFF_STEPS * patience
         kind = dataclasses.replace(
             steps,
             explicit=None if exponential else steps.explicit,

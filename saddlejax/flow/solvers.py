@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from .. import _check
 from .._numerics import safe_norm
 from .field import PlateauField
-from .memory import decay_seen, log_pace, remember
-from .state import ClockState, Memory
+from .memory import decay_seen, remember
+from .state import ClockState, Layout, Memory
 
 ROUNDING = 1e3
 STABILITY_LIMIT = 2.8
@@ -102,12 +102,11 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         vector, error, within, solver_state, result = self._inner.step(
             _alone(terms, y0), t0, t1, y0.vector, args, solver_state, made_jump
         )
-        moves, size = within["k"], t1 - t0
-        rate = moves[-1] / size
-        fastest = self._stiffness(y0.vector, vector, moves, args.layout.shapes.size) / size
-        log_tau = log_pace(args, moves[0] / size)
-        log_decay = decay_seen(y0.memory, fastest, log_tau)
-        stiff = log_decay + log_tau + jnp.log(size) > math.log(STABILITY_LIMIT)
+        moves, passed = within["k"], args.layout.split(vector - y0.vector).time
+        rate = moves[-1] / (t1 - t0)
+        fastest = self._fastest_decay(args.layout, y0.vector, vector, moves)
+        log_decay = decay_seen(y0.memory, fastest, args.log_time_unit)
+        stiff = log_decay + args.log_time_unit + jnp.log(jnp.maximum(passed, 0)) > math.log(STABILITY_LIMIT)
         unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(stiff, 1, -1), 0)
         memory = remember(y0.memory, args, vector, rate, unsuited, log_decay)
         zero = jnp.zeros_like(vector)
@@ -115,20 +114,26 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         wrong = ClockState(error, zero, Memory(*[jnp.zeros_like(m) for m in memory]), jnp.zeros_like(y0.error))
         return y1, wrong, {"within": within, "memory": memory}, solver_state, result
 
-    def _stiffness(self, before: Array, after: Array, moves: Array, parameters: int) -> Float[Array, ""]:
-        """`h ρ` from the last two stages, both at the end of the step (Hairer & Wanner, Solving ODEs II, section IV.2).
+    def _fastest_decay(self, layout: Layout, before: Array, after: Array, moves: Array) -> Float[Array, ""]:
+        """`ρ`, the largest rate of decay in the unit of the time, from the last two stages of a step, both at its end.
 
-        Of the parameters alone; zero where the two hardly differ.
+        Hairer & Wanner, Solving ODEs II, section IV.2. Of the parameters alone, and of their gradients rather than their
+        rates in the clock, whose pace is as rough as the gradient; zero where the two stages hardly differ.
         """
         tableau = self.solver.tableau
         assert isinstance(tableau, dfx.ButcherTableau)
         if tableau.c[-2] != tableau.c[-1]:
             return jnp.zeros((), moves.dtype)
-        before, after, moves = before[:parameters], after[:parameters], moves[:, :parameters]
         row = jnp.asarray(np.asarray(tableau.a_lower[-2]), moves.dtype)
-        apart = safe_norm(after - before - jnp.matmul(row, moves[:-2], precision="highest"))
-        differ = apart > ROUNDING * jnp.finfo(moves.dtype).eps * safe_norm(after)
-        return jnp.where(differ, safe_norm(moves[-1] - moves[-2]) / jnp.where(differ, apart, 1), 0)
+        here, taus = layout.split(after).coordinates, [layout.split(move).time for move in moves[-2:]]
+        moved = after - before - jnp.matmul(row, moves[:-2], precision="highest")
+        apart = safe_norm(here.velocity(layout.split(moved).coordinates))
+        differ = (
+            (apart > ROUNDING * jnp.finfo(moves.dtype).eps * safe_norm(here.joined)) & (taus[0] > 0) & (taus[1] > 0)
+        )
+        earlier, later = (move / jnp.where(differ, tau, 1) for move, tau in zip(moves[-2:], taus, strict=True))
+        steeper = safe_norm(here.velocity(layout.split(later - earlier).coordinates))
+        return jnp.where(differ, steeper / jnp.where(differ, apart, 1), 0)
 
 
 def _alone(terms: dfx.AbstractTerm, like: ClockState) -> dfx.ODETerm:

@@ -28,7 +28,7 @@ STABILITY = 3.3
 PRODUCT_COST = 1.8
 """What a Hessian-vector product costs, in gradients."""
 EXPLICIT_STAGES = 6
-WORTH_CHANGING = 0.5
+WORTH_CHANGING = 0.8
 
 
 def _integration() -> np.ndarray:
