@@ -18,7 +18,7 @@ from .memory import decay_seen, remember
 from .state import ClockState, Layout, Memory
 
 ROUNDING = 1e3
-STABILITY_LIMIT = 2.8
+STABILITY_LIMIT = 2.0
 """Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
 
 
@@ -125,15 +125,23 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         if tableau.c[-2] != tableau.c[-1]:
             return jnp.zeros((), moves.dtype)
         row = jnp.asarray(np.asarray(tableau.a_lower[-2]), moves.dtype)
-        here, taus = layout.split(after).coordinates, [layout.split(move).time for move in moves[-2:]]
-        moved = after - before - jnp.matmul(row, moves[:-2], precision="highest")
-        apart = safe_norm(here.velocity(layout.split(moved).coordinates))
-        differ = (
-            (apart > ROUNDING * jnp.finfo(moves.dtype).eps * safe_norm(here.joined)) & (taus[0] > 0) & (taus[1] > 0)
+        stage = before + jnp.matmul(row, moves[:-2], precision="highest")
+        here, there = (layout.split(vector).coordinates for vector in (after, stage))
+        rates, taus = zip(*[(parts.coordinates, parts.time) for parts in map(layout.split, moves[-2:])], strict=True)
+
+        def apart(a: Float[Array, " parameters"], b: Float[Array, " parameters"]) -> Float[Array, ""]:
+            """How far two vectors are apart, one here and one there, each in the units of its own place."""
+            units = (jnp.exp(place.log_units - jnp.max(here.log_units)) for place in (here, there))
+            one, other = (layout.shapes.map(lambda u, v: u * v, unit, v) for unit, v in zip(units, (a, b), strict=True))
+            return safe_norm(one - other)
+
+        moved, size = apart(here.joined, there.joined), apart(here.joined, jnp.zeros_like(here.joined))
+        differ = (moved > ROUNDING * jnp.finfo(moves.dtype).eps * size) & (taus[0] > 0) & (taus[1] > 0)
+        at_there, at_here = (
+            place.velocity(rate) / jnp.where(differ, tau, 1)
+            for place, rate, tau in zip((there, here), rates, taus, strict=True)
         )
-        earlier, later = (move / jnp.where(differ, tau, 1) for move, tau in zip(moves[-2:], taus, strict=True))
-        steeper = safe_norm(here.velocity(layout.split(later - earlier).coordinates))
-        return jnp.where(differ, steeper / jnp.where(differ, apart, 1), 0)
+        return jnp.where(differ, apart(at_here, at_there) / jnp.where(differ, moved, 1), 0)
 
 
 def _alone(terms: dfx.AbstractTerm, like: ClockState) -> dfx.ODETerm:

@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 def scale_for_steps(
     model: PyTree,
     task: Task | Callable[[Any], Array],
-    steps: float,
-    learning_rate: float,
+    steps: float | int,
+    learning_rate: float | int,
     layers: Sequence[int] | int | None = None,
     *,
     where: Callable[[Any], Any] | None = None,
@@ -74,9 +74,9 @@ def scale_for_steps(
 def bottleneck_for_steps(
     model: PyTree,
     task: Task | Callable[[Any], Array],
-    scale: float,
-    steps: float,
-    learning_rate: float,
+    scale: float | int,
+    steps: float | int,
+    learning_rate: float | int,
     *,
     where: Callable[[Any], Any] | None = None,
     trainable: Trainable | None = None,

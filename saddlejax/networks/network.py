@@ -52,7 +52,7 @@ class AbstractNetwork(eqx.Module):
 
     def with_weights(self: "Net", weights: Sequence[Array | np.ndarray]) -> "Net":
         """The same network with other weights."""
-        return eqx.tree_at(lambda net: net.weights, self, tuple(weights))
+        return eqx.tree_at(lambda net: net.weights, self, tuple(map(jnp.asarray, weights)))
 
 
 Net = TypeVar("Net", bound=AbstractNetwork)

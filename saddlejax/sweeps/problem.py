@@ -103,4 +103,4 @@ def each_lane(
 
 def failure(error: BaseException) -> str:
     """The outcome of a lane that raised, in one line."""
-    return FAILED + " ".join(traceback.format_exception_only(error)[-1].split())[:500]
+    return FAILED + " ".join(traceback.format_exception_only(error)[0].split())[:500]

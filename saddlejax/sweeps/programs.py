@@ -65,7 +65,12 @@ def _program(structure: Structure) -> Program:
     """The program of up to `IN_A_ROW` lanes of a structure, made once a process."""
     measurements = one_lane(structure)
 
-    def run(common: Common, weights: Weights, rtol: Float[Array, " lanes"], count: Int[Array, ""]) -> dict[str, PyTree]:
+    def run(
+        common: Common,
+        weights: tuple[Float[Array, "lanes _ _"], ...],
+        rtol: Float[Array, " lanes"],
+        count: Int[Array, ""],
+    ) -> dict[str, PyTree]:
         def lane(number: Array | int) -> tuple[Common, Weights, Array]:
             return common, *jax.tree.map(lambda a: a[number], (weights, rtol))
 
