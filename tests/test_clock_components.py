@@ -9,6 +9,7 @@ import pytest
 from problems import SMALL, network, teacher
 
 import saddlejax as sj
+from saddlejax.flow.stiff_solver import StiffPlateauSolver
 
 TASK = teacher(50)
 NET = network(3, "tanh", 1e-3, width=8)
@@ -155,11 +156,21 @@ def test_nothing_is_compiled_where_only_values_change():
     assert compiled[first:] == []
 
 
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), dfx.Dopri5()], ids=["Tsit5", "Dopri5"])
+def test_the_fastest_decay_is_the_largest_eigenvalue_of_the_hessian(solver):
+    curvatures = jnp.array([1e-2, 1.0, 30.0])
+    clock = sj.plateau_clock(jnp.ones(3), lambda point: 0.5 * jnp.sum(curvatures * point**2))
+    at_end = last(solve(clock, sj.PlateauSolver(solver), sj.Time(1.0)))
+    np.testing.assert_allclose(jnp.exp(at_end.memory.log_decay), 30, rtol=0.05)
+
+
 def test_bad_parts_are_named():
     clock = sj.plateau_clock(NET, TASK)
     for call, words in (
         (lambda: clock.event(3.0), r"until must be saddlejax.Escape\(\), Time\(t\) or Loss\(value\)"),
         (lambda: sj.PlateauController(rtol=-1.0), "rtol must be positive"),
+        (lambda: sj.PlateauController(rtol=2.0), "rtol must be below one"),
+        (lambda: StiffPlateauSolver(rtol=-1.0), "rtol must be positive"),
         (lambda: sj.PlateauSolver(dfx.Kvaerno5()), "solver must be an explicit first-same-as-last"),
         (lambda: sj.plateau_clock(network(3, "tanh", 1e-3, width=8), 3.0), "task must be a saddlejax.Task"),
     ):

@@ -112,9 +112,20 @@ def test_linear_staircase_at_every_scale():
     assert abs(work[1e-4] - 2 * work[1e-3] + work[1e-2]) < 0.25 * work[1e-3]
 
 
+def test_the_choice_of_steps_costs_little_more_than_the_better_kind():
+    def work(flow):
+        return int(flow.stats["gradient_evaluations"]) + 2 * int(flow.stats["hessian_vector_products"])
+
+    for scale in (1e-2, 1e-3):
+        chosen = sj.gradient_flow(sj.scale_layers(LINEAR, scale), TASK, sj.Loss(1e-2), save=sj.Save(weights=True))
+        assert chosen.status == sj.Status.loss_reached and "exponential" in chosen.method
+        assert work(chosen) < 1.3 * work(stiff(scale))
+        np.testing.assert_allclose(np.exp(crossings(chosen) - crossings(stiff(scale))), 1, atol=3e-3)
+
+
 def test_crossing_times_agree_with_the_explicit_integrator():
     net = sj.scale_layers(LINEAR, 1e-1)
-    explicit = sj.gradient_flow(net, TASK, sj.Loss(1e-2), rtol=1e-7, save=sj.Save(singular_values=False))
+    explicit = sj.gradient_flow(net, TASK, sj.Loss(1e-2), rtol=1e-7, stiff=False, save=sj.Save(singular_values=False))
     np.testing.assert_allclose(np.exp(crossings(stiff(1e-1)) - crossings(explicit)), 1, atol=3e-3)
     np.testing.assert_allclose(crossings(stiff(1e-1, 1e-6)), crossings(explicit), atol=1e-4)
     checked = stiff(1e-1).plateaus(check=explicit)
