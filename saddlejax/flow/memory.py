@@ -88,12 +88,12 @@ def log_pace(field: PlateauField, rate: Float[Array, " state"]) -> Float[Array, 
     return jnp.log(jnp.where(time > 0, time, 1)) + field.log_time_unit
 
 
-def decay_seen(before: Memory, fastest: Float[Array, ""], log_tau: Float[Array, ""]) -> Float[Array, ""]:
-    """The logarithm of the fastest rate of decay per unit of `t`, after a step that shows a rate of `fastest` per unit of `s`.
+def decay_seen(before: Memory, fastest: Float[Array, ""], log_unit: Float[Array, ""]) -> Float[Array, ""]:
+    """The logarithm of the fastest rate of decay in `t`, after a step that shows `fastest`, in a unit of time `e^{log_unit}`.
 
     A step shows it only where it moves along that direction, so that it is remembered, and slowly forgotten.
     """
-    shown = jnp.where(fastest > 0, jnp.log(jnp.where(fastest > 0, fastest, 1)) - log_tau, -jnp.inf)
+    shown = jnp.where(fastest > 0, jnp.log(jnp.where(fastest > 0, fastest, 1)) - log_unit, -jnp.inf)
     return jnp.maximum(before.log_decay - FORGOTTEN, shown)
 
 

@@ -115,10 +115,11 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         return y1, wrong, {"within": within, "memory": memory}, solver_state, result
 
     def _fastest_decay(self, layout: Layout, before: Array, after: Array, moves: Array) -> Float[Array, ""]:
-        """`ρ`, the largest rate of decay in the unit of the time, from the last two stages of a step, both at its end.
+        """`ρ = ‖∇𝓛(θ) − ∇𝓛(θ̃)‖/‖θ − θ̃‖` for the last two stages of a step, which both lie at its end.
 
-        Hairer & Wanner, Solving ODEs II, section IV.2. Of the parameters alone, and of their gradients rather than their
-        rates in the clock, whose pace is as rough as the gradient; zero where the two stages hardly differ.
+        It is at most the largest absolute eigenvalue of the Hessian, and close to it where the steps are bounded by
+        stability, since the stages then differ along that direction (Hairer & Wanner, Solving ODEs II, section IV.2). In the
+        unit of the time; zero where the two stages hardly differ.
         """
         tableau = self.solver.tableau
         assert isinstance(tableau, dfx.ButcherTableau)
