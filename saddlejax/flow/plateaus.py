@@ -110,7 +110,10 @@ class Plateaus(eqx.Module):
             "  start        end          loss         ‖∇L‖     ranks          stable ranks             bottleneck rank"
         )
         of = f" of {', '.join(self.groups)}" if self.groups else ""
-        lines = [f"{len(self)} plateaus, ranks{of} at tolerance {self.rank_tolerance:g}", head]
+        lines = [
+            f"{len(self)} plateau{'s' if len(self) != 1 else ''}, ranks{of} at tolerance {self.rank_tolerance:g}",
+            head,
+        ]
         for p in self:
             stable = " ".join(f"{r:.2f}" for r in p.stable_ranks)
             lines.append(

@@ -54,13 +54,17 @@ def scale_for_steps(
             return _predicted_log_time(scale_groups(double, log_factor, small), small, trainable) - target
 
         here, other, stride = excess(0.0), 0.0, np.log(10.0)
+        reached = here
         for _ in range(MOST_STRIDES):
-            other += stride if here > 0 else -stride
-            if (excess(other) > 0) != (here > 0):
+            further = other + (stride if here > 0 else -stride)
+            beyond = excess(further)
+            if np.isnan(beyond):  # where the parameters are too small or too large to predict anything
                 break
-            stride *= 1.5
-        else:
-            found = np.exp(min(target + excess(other), 700.0)) / learning_rate
+            other, reached, stride = further, beyond, 1.5 * stride
+            if (reached > 0) != (here > 0):
+                break
+        if (reached > 0) == (here > 0):
+            found = np.exp(min(target + reached, 700.0)) / learning_rate
             rule = (
                 f"be a length that some factor gives the plateau; a factor of {np.exp(other):.0e} gives it {found:.3g}"
             )

@@ -45,7 +45,8 @@ def predict_from_linear_loss(
     assert task is not None
     order, base = saddle_point(problem, small)
     start = _start(problem, order, base)
-    if _check.is_concrete(start.degree) and float(order.order) >= 2 * round(float(start.degree)) > 0:
+    known = _check.is_concrete(start.degree) and bool(jnp.isfinite(start.degree))
+    if known and float(order.order) >= 2 * round(float(start.degree)) > 0:
         return predict_from_whole_loss(problem, small, trainable, with_sharpness)
 
     def steepest(model: PyTree) -> Array:
