@@ -122,11 +122,6 @@ def network(task: sj.Task, width: int, depth: int, activation: str, scale: float
     return sj.scale_layers(sj.MLP(sizes, activation, key=jax.random.key(0)), scale)
 
 
-def work(gradients: int, products: int) -> int:
-    """In gradients, a Hessian-vector product counting as two."""
-    return gradients + 2 * products
-
-
 @partial(jax.jit, static_argnames=("stiff", "max_steps"))
 def follow(net: sj.MLP, task: sj.Task, rtol: jax.Array, stiff: bool, max_steps: int) -> sj.Flow:
     return sj.gradient_flow(net, task, sj.Loss(END), rtol=rtol, stiff=stiff, max_steps=max_steps, save=TINY)
@@ -215,7 +210,7 @@ def total(run: Passage, parameters: int) -> float | None:
     """Work in gradients, a Hessian-vector product counting as two; None where the method does not tell."""
     if run.gradients is None:
         return None
-    return work(run.gradients, run.products + parameters * run.hessians)
+    return run.gradients + 2 * (run.products + parameters * run.hessians)
 
 
 def against_better(runs: dict[str, dict[str, Any]]) -> float:
@@ -286,7 +281,7 @@ def wide(width: int) -> tuple[list[dict], common.Table]:
 
 
 def data(scales: Sequence[float]) -> tuple[list[dict], common.Table]:
-    """Both integrators of the library and its choice on digits, and how far the ends of the plateaus move at another tolerance."""
+    """Both integrators of the library and its choice on digits, and how far ends of plateaus move at another tolerance."""
     digits = sj.tasks.digits()
     task = sj.Task(digits.x[:200], digits.y[:200])
     rows = []

@@ -9,7 +9,6 @@ import pytest
 from problems import SMALL, network, teacher
 
 import saddlejax as sj
-from saddlejax.flow.stiff_solver import StiffPlateauSolver
 
 TASK = teacher(50)
 NET = network(3, "tanh", 1e-3, width=8)
@@ -170,7 +169,7 @@ def test_bad_parts_are_named():
         (lambda: clock.event(3.0), r"until must be saddlejax.Escape\(\), Time\(t\) or Loss\(value\)"),
         (lambda: sj.PlateauController(rtol=-1.0), "rtol must be positive"),
         (lambda: sj.PlateauController(rtol=2.0), "rtol must be below one"),
-        (lambda: StiffPlateauSolver(rtol=-1.0), "rtol must be positive"),
+        (lambda: sj.StiffPlateauSolver(rtol=-1.0), "rtol must be positive"),
         (lambda: sj.PlateauSolver(dfx.Kvaerno5()), "solver must be an explicit first-same-as-last"),
         (lambda: sj.plateau_clock(network(3, "tanh", 1e-3, width=8), 3.0), "task must be a saddlejax.Task"),
     ):

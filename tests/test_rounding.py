@@ -45,8 +45,9 @@ def test_modes_that_start_far_below_the_learned_ones_are_learned_in_time(strengt
     flow = sj.gradient_flow(decoupled(strength), DECOUPLED, sj.Loss(1e-3), stiff=stiff)
     assert flow.status == sj.Status.loss_reached
     found = np.exp([crossing_log_time(flow, level) for level in levels])
-    # A Krylov space holds a part of 1e-40 beside one of order one to a few digits only.
-    np.testing.assert_allclose(found, exact, rtol=1e-2 if stiff and strength == 1e-40 else 2e-3)
+    rounded = stiff and strength == 1e-40  # in a Krylov space; a tighter tolerance does not help, and the flow says so
+    assert bool(flow.resolved) or strength == 1e-40
+    np.testing.assert_allclose(found, exact, rtol=1e-2 if rounded else 2e-3)
 
 
 def test_ends_of_plateaus_lie_between_the_rows():
@@ -220,6 +221,7 @@ def test_a_flow_knows_its_task_but_does_not_carry_it():
 
 
 def test_points_whose_gradient_is_rounding_are_stationary():
+    # Below 3e-5 rounding decides whether the last mode is still there when its time has come.
     net = sj.scale_layers(sj.MLP([8, 8, 8, 8, 4], "identity", key=jax.random.key(0)), 5e-5)
     flow = sj.gradient_flow(net, DECOUPLED, sj.Loss(1e-3), stiff=True, save=sj.Save(weights=True))
     assert flow.status == sj.Status.loss_reached

@@ -96,8 +96,10 @@ def test_what_runs_on_the_host_says_so_under_a_transformation(name):
 
 
 INTERRUPTED = """
+import gc
 import sys
 import jax
+gc.disable()  # JAX has a callback in the collector, and a signal that comes while that runs is lost
 jax.config.update("jax_enable_x64", True)
 import saddlejax as sj
 
@@ -123,13 +125,13 @@ def test_an_interruption_ends_the_program_and_keeps_what_was_computed(tmp_path, 
     while moment not in lines:
         lines.append(process.stdout.readline().strip())
         assert lines[-1] != "", process.communicate()
-    while process.poll() is None:  # a signal that comes while Python collects garbage is lost
+    while process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+            process.wait(30)
     rest, errors = process.communicate()
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors, errors
-    assert rest.count("lane") < 5000
+    assert rest.count("lane") < 1000
     if kind != "scan" and moment == "lane":
         with xr.open_zarr(store) as kept:
             assert int((kept.status == "time reached").sum()) >= 20 * (1 + rest.count("lane"))

@@ -178,6 +178,7 @@ def summary(
     """The stretch that begins at a state and ends with a solve, after so many attempts."""
     field, after = clock.args, place_after(solution)
     end = eqx.tree_at(lambda y: y.rate, after.state, field.motion(after.state.vector))
+    # A loop over the two, so that a row is compiled once.
     outer = jax.lax.map(lambda y: row(save, field, y), jax.tree.map(lambda *two: jnp.stack(two), state, end))
     first, last = (jax.tree.map(lambda a, n=n: a[n], outer) for n in (0, 1))
     inner, max_steps = after.solver_state, steps.max_steps

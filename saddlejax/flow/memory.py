@@ -16,6 +16,7 @@ RISE = 0.01
 CHANGE_OF_SIZE = 0.02
 ERROR_OF_GROUPS = 1e-3
 FORGOTTEN = math.log(1.02)
+"""By how much what is remembered of the fastest decay falls in a step that does not show it."""
 NEAR_SADDLE = 0.75
 
 

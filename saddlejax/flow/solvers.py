@@ -19,7 +19,7 @@ from .state import ClockState, Layout, Memory
 
 ROUNDING = 1e3
 STABILITY_LIMIT = 2.0
-"""Where `h ρ` is larger, with the largest rate of decay `ρ`, stability and not accuracy bounds the steps of Tsit5."""
+"""Where a step in `t`, times the largest rate of decay `ρ`, is more than this, stability and not accuracy bounds it."""
 
 
 class PlateauInterpolation(dfx.AbstractLocalInterpolation):

@@ -52,7 +52,7 @@ def critical_exponent(
     if not isinstance(until, Escape):
         raise _check.fail("until", "be saddlejax.Escape(), with or without a loss_fraction", repr(until))
     if rtol is not None:
-        _check.positive_number("rtol", rtol)
+        _check.tolerance("rtol", rtol)
     small = chosen_groups(problem, layers, where)
     mask = jnp.asarray([group in small for group in range(len(problem.parameters.arrays))])
     return _exponent(problem, until, mask, trainable, None if rtol is None else jnp.asarray(rtol))

@@ -310,9 +310,7 @@ def _scale(scale: Any) -> float:
 def _rtol(rtol: Any) -> float | None:
     if rtol is None:
         return None
-    _check.positive_number("rtol", rtol)
-    if float(rtol) >= 1:
-        raise _check.fail("rtol", "be below one", rtol)
+    _check.tolerance("rtol", rtol)
     return float(rtol)
 
 
