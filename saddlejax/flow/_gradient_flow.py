@@ -66,9 +66,9 @@ def gradient_flow(
     - `trainable`: which arrays move, as a filter of `equinox.partition`: by default all floating-point arrays of a model,
       and the `weights` of a perceptron.
     - `rtol`: the error of a step relative to each array, by default 1e-4, or 2e-4 where the slope of the activation of a
-      perceptron jumps. Where the escape time of a perceptron is asked for, errors in its layers are multiplied by a
-      weight between 1/20 and 1 that falls as the plateau passes: late on it they hardly change the escape time, so that
-      steps may be longer.
+      perceptron jumps. Where the escape time is asked for, errors in the arrays are multiplied by a weight between 1/20 and
+      1 that falls as the plateau passes: late on it they hardly change the escape time, so that steps may be longer. The
+      weight is one where a bias has found a minimum of its own.
     - `save`: what to keep on the way, see [`saddlejax.Save`][].
     - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5`, and `Bosh3`
       for kinked perceptrons.

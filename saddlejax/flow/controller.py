@@ -44,9 +44,9 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
 
     - `rtol`: the error of a step relative to each group.
     - `min_step`: the size in `s` below which errors no longer shorten a step; for activations with kinks, 2e-3.
-    - `to_escape`: whether the solve is to end at its first escape, the default. On the way there an error of a perceptron
-      counts by its influence on the escape time, which falls to a twentieth late on the plateau, when nearly all of the time
-      has passed. In other models a bias may relax all the while; the clock then tells its pace, not that of the plateau.
+    - `to_escape`: whether the solve is to end at its first escape, the default. On the way there an error counts by its
+      influence on the escape time, which falls to a twentieth late on the plateau, when nearly all of the time has passed;
+      fully where a bias has found its minimum, since the clock then tells the pace of the bias, not that of the plateau.
       Pass False for all other ends: steps of an explicit solver are then at most 0.5 long, without which parts of a group
       that decay beside the others are lost.
     - `largest_growth`: the most by which a step may be longer than the one before, 2 by default.
@@ -105,7 +105,7 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
         size = t1 - t0
         of_groups, of_time = relative_errors(args, y_error, y1)
         share = jnp.maximum(y0.memory.share, smallest_share(rtol))
-        weight = influence(args, y0, y1, size) if self.to_escape and args.perceptron else 1
+        weight = influence(args, y0, y1, size) if self.to_escape else 1
         scaled = jnp.maximum(of_groups * weight / share, of_time) / rtol
         loss, before = jax.lax.stop_gradient(args.loss(y1)), controller_state.loss
         # Where little is left of the loss it is the outputs that are rounded, not the loss itself.
@@ -147,11 +147,13 @@ def influence(field: PlateauField, before: ClockState, after: ClockState, size: 
     """How much an error of the groups made now can still change the escape time, between 0.05 and 1.
 
     On the plateau `τ` falls while the groups grow, so that most of the time `t` has passed long before the escape. An
-    error relative to the groups changes the time still to come in the same proportion, which is `τ/t` of the whole.
+    error relative to the groups changes the time still to come in the same proportion, which is `τ/t` of the whole. It is
+    one where something else than the escape sets the pace `τ`.
     """
     passed, now = field.layout.split(before.vector).time, field.layout.split(after.vector).time
     tau = (now - passed) / size
-    return jnp.clip(tau / jnp.where(passed > 0, passed, tau), LEAST_INFLUENCE, 1)
+    share = jnp.clip(tau / jnp.where(passed > 0, passed, tau), LEAST_INFLUENCE, 1)
+    return jnp.where(after.memory.relaxed > 0, 1, share)
 
 
 def next_step_size(

@@ -14,8 +14,6 @@ from .state import ClockState
 
 NO_PLATEAU_GRADIENT = 1e-6
 NO_PLATEAU_LOSS = 0.5
-STILL_ON_PLATEAU = 1e-3
-"""The loss is that of the plateau still where it has fallen by no more than this share of it."""
 
 
 class Ends(NamedTuple):
@@ -67,5 +65,5 @@ def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     fallen = field.log_gradient_norm(state.vector, state.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
     loss = field.layout.split(state.rate).loss
     if not field.perceptron:  # a bias that finds its minimum leaves the plateau as it is
-        fallen = fallen & (loss < field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau))
+        fallen = fallen & field.has_left_plateau(loss)
     return ~rose & (fallen | (loss < NO_PLATEAU_LOSS * field.plateau))

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._numerics import safe_norm
 from ..objective import AbstractObjective, Problem
 from ..parameters import Parameters, rank
 from .coordinates import to_coordinates
 from .state import ClockState, Layout, Parts
+
+LEFT_PLATEAU = 1e-3
 
 
 class Scales(NamedTuple):
@@ -55,6 +57,10 @@ class PlateauField(eqx.Module):
     def log_time_unit(self) -> Float[Array, ""]:
         """`log τ(θ_0)`, the unit of the time in the state."""
         return self.scales.log_time_unit
+
+    def has_left_plateau(self, loss: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether a loss is below the height of the plateau by more than a thousandth of it."""
+        return loss < self.plateau - LEFT_PLATEAU * jnp.abs(self.plateau)
 
     def model(self, state: ClockState) -> PyTree:
         """The model at a state."""

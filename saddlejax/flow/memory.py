@@ -29,7 +29,7 @@ def nothing_yet(field: PlateauField) -> Memory:
     """The memory before the first step."""
     zero = jnp.zeros_like(field.log_time_unit)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, -inf, zero)
+    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, zero, -inf, zero)
 
 
 def remember(
@@ -57,7 +57,9 @@ def remember(
     log_lost = jnp.where(fallen & lost, jnp.minimum(before.log_lost, log_gradient), jnp.inf)
     lowest = jnp.minimum(before.log_lowest, log_gradient)
     ratio = jnp.maximum(before.log_ratio, log_gradient - sensitivity)
-    sizes = jnp.where(log_gradient < before.log_lowest, here.log_norms(), before.log_sizes)
+    smallest = log_gradient < before.log_lowest
+    sizes = jnp.where(smallest, here.log_norms(), before.log_sizes)
+    relaxed = jnp.where(smallest, field.has_left_plateau(moving.loss).astype(share.dtype), before.relaxed)
     grown = jnp.where(jnp.isfinite(sizes), jnp.abs(here.log_norms() - sizes), 0)
     rises = log_gradient > lowest + RISE
     if not field.perceptron:
@@ -76,6 +78,7 @@ def remember(
         dormant_lost=jnp.maximum(before.dormant_lost, log_gradient > log_lost + 1),
         at_rest=jnp.where(rounding | (moving.time == 0), 1.0, 0.0).astype(share.dtype),
         log_sizes=sizes,
+        relaxed=relaxed,
         rises=rises.astype(share.dtype),
         log_decay=log_decay,
         unsuited=unsuited,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..objective import Problem, TaskObjective
 from .clock import PlateauClock, clock_of
-from .ending import STILL_ON_PLATEAU, Ends
+from .ending import Ends
 from .field import PlateauField, Scales, field_of
 from .rounding import dormant_gradient_lost, dormant_lost, signal_left
 from .state import ClockState
@@ -62,10 +62,10 @@ def conclude(
     field = field_of(problem, first.scales)
     status = first.status
     runs = status == Status.step_limit
-    below = field.layout.split(state.rate).loss > field.plateau - STILL_ON_PLATEAU * jnp.abs(field.plateau)
+    lowered = field.has_left_plateau(field.layout.split(state.rate).loss)
     for happened, outcome in (
         (stuck, Status.non_finite),
-        (ends.no_plateau, Status.where(below, Status.stationary, Status.no_plateau)),
+        (ends.no_plateau, Status.where(lowered, Status.no_plateau, Status.stationary)),
         (ends.at_rest, Status.stationary),
         (ends.until, until.reached),
     ):

@@ -61,6 +61,8 @@ class Memory(NamedTuple):
     - `log_sizes`: logarithms of the norms of the groups where the gradient norm was smallest.
     - `dormant_lost`: one where something smaller than rounding has grown all the same.
     - `at_rest`: one where nothing but rounding moves the parameters any more.
+    - `relaxed`: one where the loss had left the height of the plateau already where the gradient norm was smallest, since
+      something, such as a bias, has a minimum of its own.
     - `rises`: one where the gradient norm has risen from its smallest value, by more than errors of the steps make it.
     - `log_decay`: the logarithm of the fastest rate of decay per unit of `t` that was seen lately.
     - `unsuited`: how many steps more than others would have paid as steps of another kind.
@@ -76,6 +78,7 @@ class Memory(NamedTuple):
     log_sizes: Float[Array, " groups"]
     dormant_lost: Float[Array, ""]
     at_rest: Float[Array, ""]
+    relaxed: Float[Array, ""]
     rises: Float[Array, ""]
     log_decay: Float[Array, ""]
     unsuited: Float[Array, ""]
