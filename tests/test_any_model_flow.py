@@ -203,6 +203,21 @@ def test_gradient_descent_in_pytorch_takes_the_same_time():
     assert as_flow([descend(rate) for rate in RATES]) == pytest.approx(float(flow.escape_time), rel=2e-3)
 
 
+def test_a_bias_that_explains_most_of_the_loss_hides_neither_the_plateau_nor_its_end():
+    task, shallow = sj.Task(TASK.x, TASK.y + 2), eqx.nn.MLP(10, 1, 8, 1, jnp.tanh, key=KEY)
+
+    def log_time(scale, rtol):
+        flow = sj.gradient_flow(scaled(shallow, scale), task, rtol=rtol, save=SMALL)
+        assert flow.status == sj.Status.escaped and flow.losses[-1] < 0.05 * flow.losses[0]
+        return float(flow.log_escape_time)
+
+    assert log_time(1e-3, 1e-4) == pytest.approx(log_time(1e-3, 1e-8), abs=1e-4)
+    slope = (log_time(1e-3 * np.exp(-0.05), 1e-8) - log_time(1e-3 * np.exp(0.05), 1e-8)) / 0.1
+    assert float(sj.critical_exponent(scaled(shallow, 1e-3), task)) == pytest.approx(slope, rel=0.01)
+    large = sj.gradient_flow(scaled(shallow, 1.0), task, save=SMALL)
+    assert large.status == sj.Status.no_plateau
+
+
 class Chain(eqx.Module):
     """`f = a w₂ w₁ x`, in which the factor is an array of the activation."""
 

@@ -54,7 +54,8 @@ class EndingController(dfx.AbstractStepSizeController):
     def ends(self, field: PlateauField, state: ClockState) -> Ends:
         """Which ends have come at a state whose rate is known."""
         memory = state.memory
-        no_plateau = _no_plateau(field, state) if self.sees_plateau else jnp.asarray(False)
+        # In other models a bias that finds its minimum looks alike: of those it is told at rest.
+        no_plateau = _no_plateau(field, state) if self.sees_plateau and field.perceptron else jnp.asarray(False)
         return Ends(jnp.asarray(False), memory.at_rest > 0, no_plateau, memory.unsuited > self.patience)
 
 
@@ -64,6 +65,4 @@ def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:
     rose = memory.log_highest > memory.log_first
     fallen = field.log_gradient_norm(state.vector, state.rate) < memory.log_first + math.log(NO_PLATEAU_GRADIENT)
     loss = field.layout.split(state.rate).loss
-    if not field.perceptron:  # a bias that finds its minimum leaves the plateau as it is
-        fallen = fallen & field.has_left_plateau(loss)
     return ~rose & (fallen | (loss < NO_PLATEAU_LOSS * field.plateau))

@@ -63,10 +63,11 @@ def conclude(
     status = first.status
     runs = status == Status.step_limit
     lowered = field.has_left_plateau(field.layout.split(state.rate).loss)
+    never_rose = lowered & (state.memory.rises == 0) if until.uses_curvature and not field.perceptron else False
     for happened, outcome in (
         (stuck, Status.non_finite),
         (ends.no_plateau, Status.where(lowered, Status.no_plateau, Status.stationary)),
-        (ends.at_rest, Status.stationary),
+        (ends.at_rest, Status.where(never_rose, Status.no_plateau, Status.stationary)),
         (ends.until, until.reached),
     ):
         status = Status.where(runs & happened, outcome, status)
