@@ -110,7 +110,9 @@ def saddle_order(
 
     - `model`, `task`: a model with a [`saddlejax.Task`][], or with a function `loss(model) -> scalar`. The scale of the
       small groups does not matter.
-    - `where`: the small groups, as a function of the model: `lambda m: [m.conv1.weight, m.conv2.weight]`.
+    - `where`: the small groups, as a function of the model: `lambda m: [m.conv1.weight, m.conv2.weight]`. All others stay
+      at their values and count as being of order one, however small they are: a hidden bias that is small but left out
+      changes the order. Name all groups that shrink with the scale.
     - `layers`: the same for a perceptron: indices of layers, counted from 0. By default, the layers that
       [`saddlejax.bottleneck_layers`][] finds in a perceptron, and all groups of any other model.
     - `trainable`: which arrays move, as for [`saddlejax.gradient_flow`][].
