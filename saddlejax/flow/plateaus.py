@@ -127,6 +127,10 @@ class Plateaus(eqx.Module):
                 lines.append(f"    half of the descent that follows {moved} at the other tolerance")
             if p.saddle is not None:
                 lines.append(f"    {p.saddle}")
+        if any(p.bottleneck_rank is None for p in self):
+            lines.append(
+                "  Bottleneck ranks need the weights of a perceptron: keep them by save=saddlejax.Save(weights=True)."
+            )
         if self.known_roughly:
             lines.append(
                 "  At kinks late ends are known to some per cent only: pass check=, this flow at another rtol."
