@@ -15,6 +15,7 @@ from .flow import (
     PlateauController as PlateauController,
     PlateauSolver as PlateauSolver,
     Save as Save,
+    SlidingSolver as SlidingSolver,
     Status as Status,
     StiffPlateauSolver as StiffPlateauSolver,
     Time as Time,
@@ -30,6 +31,7 @@ from .law.prediction import EscapePrediction as EscapePrediction
 from .law.universality import collapse as collapse
 from .networks.activation_class import ActivationClass as ActivationClass, classify_activation as classify_activation
 from .networks.activations import ACTIVATIONS as ACTIVATIONS
+from .networks.kinked import kinked as kinked
 from .networks.mlp import MLP as MLP
 from .norm_imbalance import (
     imbalance as imbalance,

@@ -6,6 +6,7 @@ from .controller import PlateauController as PlateauController
 from .exponential import ExponentialRosenbrock as ExponentialRosenbrock
 from .record import Save as Save
 from .result import Flow as Flow
+from .sliding_solver import SlidingSolver as SlidingSolver
 from .solvers import PlateauSolver as PlateauSolver
 from .status import Status as Status
 from .stiff_solver import StiffPlateauSolver as StiffPlateauSolver

@@ -90,13 +90,14 @@ def gradient_flow(
     and where the target is already met at the start (under a transformation that is the outcome `met_at_start`).
     **Warns** where the activation of a perceptron is not zero at zero: the origin is then no saddle.
     """
-    options = checked_options(model, until, rtol, save, solver, max_steps, stiff)
+    options = checked_options(model, task, until, rtol, save, solver, max_steps, stiff)
     _warn_where_origin_is_no_saddle(model)
     alone = _check.is_concrete(model, task, options)
-    chooses = stiff is None and alone and not kinked(model)
+    slides = options.steps.slides
+    chooses = stiff is None and alone and (slides or not kinked(model))
     if chooses:
         options = options._replace(steps=dataclasses.replace(options.steps, patience=jnp.asarray(float(STIFF_STEPS))))
-    if alone and options.steps.explicit is None:
+    if alone and (options.steps.explicit is None or slides):
         # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
         with one_blas_thread():
             flow, found = jax.block_until_ready(_run(model, task, trainable, options))

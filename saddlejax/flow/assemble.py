@@ -40,6 +40,7 @@ def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow
         energy=rows.energy,
         imbalance=imbalance,
         imbalance_residual=None if imbalance is None else imbalance_residual(rows, jnp.diff(begin_squares)),
+        sliding=jnp.where(jnp.isnan(rows.sliding), 0, rows.sliding).astype(int),
         weights=rows.arrays,
         net=field.model(last.state),
         stats={
@@ -47,6 +48,7 @@ def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow
             "rejected_steps": total("attempts") - total("accepted"),
             "gradient_evaluations": 1 + total("gradients"),
             "hessian_vector_products": curvature + total("products"),
+            **_work_on_kinks(stretches),
         },
         resolved=~lost,
         until=until,
@@ -54,6 +56,19 @@ def record(plan: FlowPlan, found: Integration, stretches: list[Stretch]) -> Flow
         method=_method(steps, stretches),
         names=problem.parameters.names,
     )
+
+
+def _work_on_kinks(stretches: list[Stretch]) -> dict[str, Int[Array, ""]]:
+    """What was spent on kinks, and what was met there; nothing for a flow that does not slide along them."""
+    work = [one.kinks for one in stretches if one.kinks is not None]
+    if not work:
+        return {}
+    return {
+        "unit_jacobians": sum((one.rows for one in work), jnp.asarray(0)),
+        "box_problems": sum((one.problems for one in work), jnp.asarray(0)),
+        "repelling_kinks": sum((one.repelling for one in work), jnp.asarray(0)),
+        "most_units_near_kinks": jnp.max(jnp.stack([one.most for one in work])),
+    }
 
 
 def _rows(
@@ -104,9 +119,11 @@ def _rows_at_times(
 def _method(steps: Steps, stretches: list[Stretch]) -> str:
     """How a flow was computed, in words."""
     exponential = "exponential Rosenbrock steps"
-    if steps.explicit is None:
-        return f"{exponential} in the plateau clock"
+    where = "in the plateau clock, sliding along kinks" if steps.slides else "in the plateau clock"
+    if steps.explicit is None and len(stretches) == 1:
+        return f"{exponential} {where}"
     name = type(steps.explicit).__name__
     if len(stretches) == 1:
-        return f"{name} in the plateau clock"
-    return f"{name}, and {exponential} at a hundred times the tolerance, in the plateau clock"
+        return f"{name} {where}"
+    coarser = "" if steps.slides else " at a hundred times the tolerance"
+    return f"{name}, and {exponential}{coarser}, {where}"

@@ -34,7 +34,8 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
     explicit steps turn out to be bounded by stability again, they are given twice the time.
     """
     steps = plan.steps
-    stiff_rtol = jnp.minimum(STIFF_RTOL / SMOOTH_RTOL * steps.rtol, LARGEST_STIFF_RTOL)
+    coarser = 1 if steps.slides else STIFF_RTOL / SMOOTH_RTOL
+    stiff_rtol = jnp.minimum(coarser * steps.rtol, LARGEST_STIFF_RTOL)
     stretches, first = [found.stretch], found.first
     exponential, patience = False, 1
     while stopped_for_other_steps(stretches[-1]) and sum(int(one.attempts) for one in stretches) < steps.max_steps:

@@ -174,6 +174,7 @@ def _descend(
         energy=None,
         imbalance=imbalance,
         imbalance_residual=residual,
+        sliding=None,
         weights=None,
         net=eqx.combine(end.moving, parameters.rest),
         stats={

@@ -23,6 +23,7 @@ class Ends(NamedTuple):
     at_rest: Bool[Array, ""]
     no_plateau: Bool[Array, ""]
     unsuited: Bool[Array, ""]
+    no_step: Bool[Array, ""]
 
 
 class EndingController(dfx.AbstractStepSizeController):
@@ -56,7 +57,8 @@ class EndingController(dfx.AbstractStepSizeController):
         memory = state.memory
         # In other models a bias that finds its minimum looks alike: of those it is told at rest.
         no_plateau = _no_plateau(field, state) if self.sees_plateau and field.perceptron else jnp.asarray(False)
-        return Ends(jnp.asarray(False), memory.at_rest > 0, no_plateau, memory.unsuited > self.patience)
+        not_here = jnp.asarray(False)
+        return Ends(not_here, memory.at_rest > 0, no_plateau, memory.unsuited > self.patience, not_here)
 
 
 def _no_plateau(field: PlateauField, state: ClockState) -> Bool[Array, ""]:

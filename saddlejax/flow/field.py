@@ -113,19 +113,31 @@ class PlateauField(eqx.Module):
 
     def motion(self, vector: Float[Array, " state"]) -> Float[Array, " state"]:
         """The rate of a state, from one gradient. Nothing moves where the gradient is exactly zero."""
-        parts, log_pace = self.motion_and_pace(vector)
+        return self.motion_along(vector, *self.gradient(vector))
+
+    def motion_along(
+        self, vector: Float[Array, " state"], loss: Float[Array, ""], slopes: Float[Array, " parameters"]
+    ) -> Float[Array, " state"]:
+        """The rate of a state whose loss and gradient are given."""
+        parts, log_pace = self.motion_and_pace(vector, loss, slopes)
         moves = jnp.isfinite(log_pace) | jnp.isnan(log_pace)
         time = jnp.where(moves, jnp.exp(-jnp.where(moves, log_pace, 0) - self.log_time_unit), 0)
         return self.layout.join(parts._replace(time=time))
 
-    def motion_and_pace(self, vector: Float[Array, " state"]) -> tuple[Parts, Float[Array, ""]]:
-        """The parts of the rate but for the time, and `log 1/τ`, `−inf` where the gradient is exactly zero."""
-        here, shapes = self.layout.split(vector).coordinates, self.layout.shapes
+    def gradient(self, vector: Float[Array, " state"]) -> tuple[Float[Array, ""], Float[Array, " parameters"]]:
+        """The loss at a state and its gradient."""
+        here = self.layout.split(vector).coordinates
         loss, slopes = jax.value_and_grad(lambda arrays: self.objective.loss(self.parameters.with_arrays(arrays)))(
             here.arrays()
         )
-        inverses = jnp.exp(-here.log_units)
-        relative = shapes.join([slope * inverse for slope, inverse in zip(slopes, inverses, strict=True)])
+        return loss, here.shapes.join(slopes)
+
+    def motion_and_pace(
+        self, vector: Float[Array, " state"], loss: Float[Array, ""], slopes: Float[Array, " parameters"]
+    ) -> tuple[Parts, Float[Array, ""]]:
+        """The parts of the rate but for the time, and `log 1/τ`, `−inf` where the gradient is exactly zero."""
+        here, shapes = self.layout.split(vector).coordinates, self.layout.shapes
+        relative = shapes.map(lambda u, slope: slope * jnp.exp(-u), here.log_units, slopes)
         norm = safe_norm(relative)  # 1/τ
         stalled = norm == 0
         tau = jnp.where(stalled, 0, 1 / jnp.where(stalled, 1, norm))
@@ -160,7 +172,7 @@ def start(problem: Problem) -> tuple[PlateauField, Float[Array, " state"], Float
     field = field_of(problem, scales)
     layout = field.layout
     vector = layout.join(Parts(here, zero, zero, zero, jnp.zeros(layout.hidden, zero.dtype)))
-    parts, log_pace = field.motion_and_pace(vector)
+    parts, log_pace = field.motion_and_pace(vector, *field.gradient(vector))
     stalled = jnp.isneginf(log_pace)
     field = field_of(problem, scales._replace(log_time_unit=jnp.where(stalled, 0, -log_pace)))
     return field, vector, layout.join(parts._replace(time=jnp.where(stalled, zero, 1)))

@@ -16,6 +16,7 @@ from .ending import EndingController, Ends
 from .outcome import Begin, begin, clock_from, conclude
 from .record import Row, Save, row, where_rows
 from .rows_at_times import RowsAtTimes
+from .sliding_solver import NEXT_TO_NOTHING, SlidingSolver, SlidingWork, least_motion
 from .solvers import PlateauSolver
 from .state import ClockState
 from .status import Status
@@ -30,6 +31,7 @@ class Steps(eqx.Module):
 
     - `explicit`: the explicit solver; None for exponential steps.
     - `to_escape`: whether the flow is to end at its first escape.
+    - `slides`: whether it slides along the kinks of activations.
     - `max_steps`: the most steps to attempt.
     - `patience`: the flow stops once the other kind would have paid in so many more steps than not.
     - `rtol`, `min_step`: of the controller.
@@ -40,14 +42,18 @@ class Steps(eqx.Module):
     min_step: Float[Array, ""]
     patience: Float[Array, ""]
     to_escape: bool = eqx.field(static=True)
+    slides: bool = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
     def solver(self, kind: Kind) -> dfx.AbstractAdaptiveSolver:
         """The solver of the plateau clock; loops over stages are of the given kind."""
         if self.explicit is None:
-            return StiffPlateauSolver(self.rtol)
-        inner = eqx.tree_at(lambda s: s.scan_kind, self.explicit, kind, is_leaf=lambda leaf: leaf is None)
-        return PlateauSolver(inner)
+            # At kinks modes are not learned one by one, and an error relative to singular values would be far too strict.
+            solver: PlateauSolver | StiffPlateauSolver = StiffPlateauSolver(self.rtol, graded=not self.slides)
+        else:
+            inner = eqx.tree_at(lambda s: s.scan_kind, self.explicit, kind, is_leaf=lambda leaf: leaf is None)
+            solver = PlateauSolver(inner)
+        return SlidingSolver(solver) if self.slides else solver
 
     @property
     def controller(self) -> PlateauController:
@@ -64,7 +70,7 @@ class Stretch(NamedTuple):
     - `first`, `last`: the rows of its first state and of its last.
     - `rows`, `row_steps`: of the accepted steps, or at the times asked for; the steps until each; None where only ends count.
     - `ends`: why it ended; `stuck`: no step was found whose result is finite and does not raise the loss.
-    - `accepted`, `attempts`, `gradients`, `products`: the work.
+    - `accepted`, `attempts`, `gradients`, `products`: the work; `kinks`: that on kinks, where the flow slides along them.
     """
 
     state: ClockState
@@ -78,6 +84,7 @@ class Stretch(NamedTuple):
     attempts: Int[Array, ""]
     gradients: Int[Array, ""]
     products: Int[Array, ""]
+    kinks: SlidingWork | None
 
 
 class Place(NamedTuple):
@@ -177,7 +184,8 @@ def summary(
 ) -> Stretch:
     """The stretch that begins at a state and ends with a solve, after so many attempts."""
     field, after = clock.args, place_after(solution)
-    end = eqx.tree_at(lambda y: y.rate, after.state, field.motion(after.state.vector))
+    moving = least_motion(field, after.state.vector) if steps.slides else field.motion(after.state.vector)
+    end = eqx.tree_at(lambda y: y.rate, after.state, moving)
     # A loop over the two, so that a row is compiled once.
     outer = jax.lax.map(lambda y: row(save, field, y), jax.tree.map(lambda *two: jnp.stack(two), state, end))
     first, last = (jax.tree.map(lambda a, n=n: a[n], outer) for n in (0, 1))
@@ -192,24 +200,40 @@ def summary(
         index = jnp.arange(max_steps)
         rows = where_rows(index == accepted - 1, last, jax.tree.map(lambda a: a[:max_steps], solution.ys["rows"]))
         rows, row_steps = _blank(rows, index >= accepted), jnp.where(index < accepted, index + 1, -1)
+    ends = controller_of(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask))
+    stuck = solution.result == dfx.RESULTS.dt_min_reached
+    if steps.slides:
+        # Where no step lowers the loss that may be since it is stationary in Clarke's sense, up to rounding.
+        gradient = field.log_gradient_norm(end.vector, end.rate)
+        rests = stuck & (gradient < end.memory.log_highest + math.log(NEXT_TO_NOTHING))
+        ends = ends._replace(at_rest=ends.at_rest | rests, no_step=stuck & ~rests)
+        stuck = jnp.zeros_like(stuck)
     runs = state.memory.at_rest == 0  # where a flow ends at once the solver has tried a step in vain
     attempts = jnp.where(runs, attempts, 0)
+    kinks = None
+    if steps.slides:
+        inner, kinks = inner.inner, inner.work
     if steps.explicit is None:
         gradients, products = inner.vector_fields, inner.products
     else:
         gradients, products = PlateauSolver(steps.explicit).gradients(attempts), jnp.asarray(0)
+    if kinks is not None:
+        # Every step begins with another field, so that its first stage is not the last one of the step before.
+        again = attempts if steps.explicit is not None else 0
+        gradients, products = gradients + again + kinks.gradients, products + kinks.products
     return Stretch(
         state=end,
         first=first,
         last=last,
         rows=rows,
         row_steps=row_steps,
-        ends=controller_of(steps, until).ends(field, end)._replace(until=jnp.asarray(solution.event_mask)),
-        stuck=solution.result == dfx.RESULTS.dt_min_reached,
+        ends=ends,
+        stuck=stuck,
         accepted=accepted,
         attempts=attempts,
         gradients=gradients + for_rows,
         products=products + (attempts + 1 if until.uses_curvature else 0),
+        kinks=kinks,
     )
 
 
@@ -239,6 +263,11 @@ def integrate(problem: Problem, until: AbstractUntil, save: Save, steps: Steps) 
 
 @integrate.def_jvp
 def _integrate_jvp(primals: tuple, tangents: tuple) -> tuple:
+    if primals[3].slides:
+        raise NotImplementedError(
+            "A flow past its first escape slides along the kinks of its activations, and cannot be differentiated there. End "
+            "it at the escape, by until=saddlejax.Escape(), or use an activation without kinks."
+        )
     if primals[3].explicit is None:
         raise NotImplementedError(
             "A flow with stiff=True cannot be differentiated. Leave stiff out: up to the first escape explicit steps are as "

@@ -29,7 +29,9 @@ def nothing_yet(field: PlateauField) -> Memory:
     """The memory before the first step."""
     zero = jnp.zeros_like(field.log_time_unit)
     one, inf = zero + 1, zero + jnp.inf
-    return Memory(one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, zero, -inf, zero)
+    return Memory(
+        one, one, -inf, -inf, -inf, inf, inf, field.scales.log_sizes, zero, zero, zero, zero, -inf, zero, zero
+    )
 
 
 def remember(
@@ -82,6 +84,7 @@ def remember(
         rises=rises.astype(share.dtype),
         log_decay=log_decay,
         unsuited=unsuited,
+        sliding=jnp.zeros_like(unsuited),
     )
     return jax.lax.stop_gradient(after)
 

@@ -66,6 +66,7 @@ def conclude(
     never_rose = lowered & (state.memory.rises == 0) if until.uses_curvature and not field.perceptron else False
     for happened, outcome in (
         (stuck, Status.non_finite),
+        (ends.no_step, Status.stuck),
         (ends.no_plateau, Status.where(lowered, Status.no_plateau, Status.stationary)),
         (ends.at_rest, Status.where(never_rose, Status.no_plateau, Status.stationary)),
         (ends.until, until.reached),

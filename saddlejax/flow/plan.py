@@ -18,6 +18,7 @@ from .clock import checked_until
 from .integrate import Steps
 from .record import Save
 from .solvers import PlateauSolver
+from .units import places_of
 from .until import AbstractUntil
 
 SMOOTH_RTOL = 1e-4
@@ -45,6 +46,7 @@ class FlowPlan(NamedTuple):
 
 def checked_options(
     model: PyTree,
+    task: Task | Callable[[Any], Array],
     until: AbstractUntil | None,
     rtol: float | Array | None,
     save: Save | None,
@@ -62,17 +64,19 @@ def checked_options(
     if stiff and solver is not None:
         raise _check.fail("solver", "be left alone where stiff=True, which brings its own", repr(solver))
     jumps = kinked(model)
-    explicit = PlateauSolver(solver or (dfx.Bosh3() if jumps else dfx.Tsit5())).solver
-    exponential = bool(stiff) and not jumps
+    slides = not until.asks_for_escape and has_places(model, task)
+    explicit = PlateauSolver(solver or (dfx.Bosh3() if jumps or slides else dfx.Tsit5())).solver
+    exponential = bool(stiff) and (slides or not jumps)
     if rtol is None:
-        rtol = KINKED_RTOL if jumps else STIFF_RTOL if exponential else SMOOTH_RTOL
+        rtol = KINKED_RTOL if jumps or slides else STIFF_RTOL if exponential else SMOOTH_RTOL
     _check.tolerance("rtol", rtol)
     steps = Steps(
         explicit=None if exponential else explicit,
         rtol=jnp.asarray(rtol, float),
-        min_step=jnp.asarray(KINKED_MIN_STEP if jumps else 0.0),
+        min_step=jnp.asarray(KINKED_MIN_STEP if jumps and not slides else 0.0),
         patience=jnp.asarray(jnp.inf),
         to_escape=until.asks_for_escape,
+        slides=slides,
         max_steps=max_steps,
     )
     return FlowOptions(until, save or Save(), steps)
@@ -103,10 +107,28 @@ def plan_flow(
     stiff: bool | None = None,
 ) -> FlowPlan:
     """The plan of a flow with the arguments of [`saddlejax.gradient_flow`][]."""
-    options = checked_options(model, until, rtol, save, solver, max_steps, stiff)
+    options = checked_options(model, task, until, rtol, save, solver, max_steps, stiff)
     return in_one_precision(model, task, trainable, options)
 
 
 def kinked(model: PyTree) -> bool:
     """Whether a model is a perceptron whose activation has jumps in its slope."""
     return isinstance(model, AbstractNetwork) and model.depth > 1 and slope_jumps(model.activation)
+
+
+def has_places(model: PyTree, task: Task | Callable[[Any], Array]) -> bool:
+    """Whether a flow of a model on a task can follow kinks of its activations: false where it cannot be called on that."""
+    if not isinstance(task, Task):
+        return False
+    try:
+        return len(places_of(model, task)) > 0
+    except jax.errors.UnexpectedTracerError:
+        raise _check.fail(
+            "model",
+            "call activations with kinks outside of jax.jit and control flow, where a flow can follow their kinks",
+            f"a {type(model).__name__} that calls one within",
+            "Take the jit away, the flow compiles the model anyway; or use a function that is not recognised, such as "
+            "lambda z: jnp.maximum(z, 0), whose kinks are then not followed.",
+        ) from None
+    except Exception:  # what is wrong is told where the model is checked
+        return False

@@ -65,6 +65,7 @@ class Row(NamedTuple):
     group_norms: Float[Array, "*rows groups"]
     energy: Float[Array, "*rows"]
     drift: Float[Array, "*rows hidden"]
+    sliding: Float[Array, "*rows"]
     singular_values: tuple[Float[Array, "*rows _"] | None, ...] | None
     arrays: tuple[Float[Array, "..."], ...] | None
 
@@ -80,6 +81,7 @@ def row(save: Save, field: PlateauField, state: ClockState) -> Row:
         group_norms=coordinates.norms(),
         energy=here.energy,
         drift=here.drift,
+        sliding=state.memory.sliding,
         singular_values=spectra(coordinates) if save.singular_values else None,
         arrays=coordinates.arrays() if save.weights else None,
     )

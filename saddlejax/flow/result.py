@@ -43,10 +43,14 @@ class Flow(eqx.Module):
     - `imbalance_residual`: `Δ_l(t) − Δ_l(0) − ∫ (dΔ_l/dt) dt`, relative to `‖W_l‖² + ‖W_{l+1}‖²`, `(rows, L − 1)`. Zero
       for the exact flow (Rawal & DeWeese, arXiv:2605.01288), so that what is left is numerical error. None for a model
       that is no perceptron.
+    - `sliding`: how many units, of all samples, slide along their kinks at each row, `(rows,)`; zero where a flow does not
+      follow kinks. None for gradient descent.
     - `weights`: a tuple with one array `(rows, *shape)` a group, or None where not kept.
     - `net`: the model at the end.
     - `stats`: the work as whole numbers, by name. Of a flow: `steps` accepted, `rejected_steps`, `gradient_evaluations` and
-      `hessian_vector_products`; of gradient descent: `steps`, `gradient_evaluations` and `escape_step`.
+      `hessian_vector_products`; where it slides along kinks also `unit_jacobians`, gradients of one unit on one sample,
+      `box_problems` for the slopes, `repelling_kinks`, how often a unit left a kink that had come to repel it, from where
+      the flow is not unique, and `most_units_near_kinks` in a step; of gradient descent: `steps`, `gradient_evaluations` and `escape_step`.
     - `resolved`: False where the flow depends on something that is smaller than rounding, or than the tolerance can be
       made: parts of the weights below the rounding of what has been learned, which have grown all the same after the first
       escape, or a start so near the stable manifold of the saddle that its layers cancel. The numbers after that are those
@@ -67,6 +71,7 @@ class Flow(eqx.Module):
     energy: Float[Array, " rows"] | None
     imbalance: Float[Array, "rows hidden"] | None
     imbalance_residual: Float[Array, "rows hidden"] | None
+    sliding: Int[Array, " rows"] | None
     weights: tuple[Float[Array, "rows ..."], ...] | None
     net: PyTree
     stats: dict[str, Int[Array, ""]]
@@ -137,6 +142,16 @@ class Flow(eqx.Module):
         residual = jnp.where(jnp.isnan(residual) & jnp.isnan(self.losses)[..., None], 0, residual)
         return jnp.max(residual, axis=(-2, -1), initial=0)
 
+    @property
+    def clarke_residual(self) -> Float[Array, "*lanes"]:
+        """The norm of the least element of the Clarke subdifferential of the loss at the last row; one number a flow of a batch.
+
+        Where no unit is at a kink it is the gradient norm. A flow that slides along kinks comes to rest where it vanishes,
+        though the gradients on both sides of the kinks do not: it is the certificate of the outcome `stationary`.
+        """
+        last = jnp.maximum(jnp.sum(self.steps >= 0, axis=-1) - 1, 0)[..., None]
+        return jnp.take_along_axis(self.gradient_norms, last, axis=-1)[..., 0]
+
     def plateaus(self, task: Task | Callable[[Any], Array] | None = None, **options: Any) -> Plateaus:
         """The saddles visited: `saddlejax.staircase.plateaus(flow, task, polish=…, check=…, rank_tolerance=…)`."""
         return plateaus(self, task, **options)
@@ -163,6 +178,7 @@ def trim(flow: Flow, rows: int) -> Flow:
         f.energy,
         f.imbalance,
         f.imbalance_residual,
+        f.sliding,
         f.weights,
     )
     # Through NumPy, since slicing a JAX array compiles anew for every length.
@@ -195,6 +211,11 @@ def _summary(flow: Flow) -> str:
         "  work             " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stats.items()),
         f"  method           {_method(flow)}",
     ]
+    if flow.sliding is not None and bool(jnp.any(flow.sliding > 0)):
+        lines.append(
+            f"  kinks            up to {int(jnp.max(flow.sliding))} units slide along them; least norm of the Clarke "
+            f"subdifferential at the end {float(flow.clarke_residual):.2g}"
+        )
     if not bool(flow.resolved):
         lines.append("  resolved         no: the flow depends on something smaller than rounding")
     return "\n".join(lines)

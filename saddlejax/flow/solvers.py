@@ -18,6 +18,7 @@ from .memory import decay_seen, remember
 from .state import ClockState, Layout, Memory
 
 ROUNDING = 1e3
+LEAST_COSINE = 1e-2
 STABILITY_LIMIT = 2.0
 """Where a step in `t`, times the largest rate of decay `ρ`, is more than this, stability and not accuracy bounds it."""
 
@@ -115,34 +116,41 @@ class PlateauSolver(dfx.AbstractAdaptiveSolver):
         return y1, wrong, {"within": within, "memory": memory}, solver_state, result
 
     def _fastest_decay(self, layout: Layout, before: Array, after: Array, moves: Array) -> Float[Array, ""]:
-        """`ρ = ‖∇𝓛(θ) − ∇𝓛(θ̃)‖/‖θ − θ̃‖` for the last two stages of a step, which both lie at its end.
+        """`ρ = ‖∇𝓛(θ) − ∇𝓛(θ̃)‖/‖θ − θ̃‖` for the last two stages of a step, where both lie at its end.
 
         It is at most the largest absolute eigenvalue of the Hessian, and close to it where the steps are bounded by
-        stability, since the stages then differ along that direction (Hairer & Wanner, Solving ODEs II, section IV.2). In the
-        unit of the time; zero where the two stages hardly differ.
+        stability, since the stages then differ along that direction (Hairer & Wanner, Solving ODEs II, section IV.2). Where
+        the last stages lie at different times it is `‖g‖²/|gᵀd|` with the differences `g` of the gradients and `d` of the
+        parameters, in which their way from one time to the other hardly counts. In the unit of the time; zero where the two
+        stages hardly differ.
         """
         tableau = self.solver.tableau
         assert isinstance(tableau, dfx.ButcherTableau)
-        if tableau.c[-2] != tableau.c[-1]:
-            return jnp.zeros((), moves.dtype)
         row = jnp.asarray(np.asarray(tableau.a_lower[-2]), moves.dtype)
         stage = before + jnp.matmul(row, moves[:-2], precision="highest")
         here, there = (layout.split(vector).coordinates for vector in (after, stage))
         rates, taus = zip(*[(parts.coordinates, parts.time) for parts in map(layout.split, moves[-2:])], strict=True)
 
-        def apart(a: Float[Array, " parameters"], b: Float[Array, " parameters"]) -> Float[Array, ""]:
-            """How far two vectors are apart, one here and one there, each in the units of its own place."""
+        def apart(a: Float[Array, " parameters"], b: Float[Array, " parameters"]) -> Float[Array, " parameters"]:
+            """The difference of two vectors, one here and one there, each in the units of its own place."""
             units = (jnp.exp(place.log_units - jnp.max(here.log_units)) for place in (here, there))
             one, other = (layout.shapes.map(lambda u, v: u * v, unit, v) for unit, v in zip(units, (a, b), strict=True))
-            return safe_norm(one - other)
+            return one - other
 
-        moved, size = apart(here.joined, there.joined), apart(here.joined, jnp.zeros_like(here.joined))
+        way = apart(here.joined, there.joined)
+        moved, size = safe_norm(way), safe_norm(apart(here.joined, jnp.zeros_like(here.joined)))
         differ = (moved > ROUNDING * jnp.finfo(moves.dtype).eps * size) & (taus[0] > 0) & (taus[1] > 0)
         at_there, at_here = (
             place.velocity(rate) / jnp.where(differ, tau, 1)
             for place, rate, tau in zip((there, here), rates, taus, strict=True)
         )
-        return jnp.where(differ, apart(at_here, at_there) / jnp.where(differ, moved, 1), 0)
+        change = apart(at_here, at_there)
+        largest = safe_norm(change) / jnp.where(differ, moved, 1)
+        if tableau.c[-2] != tableau.c[-1]:
+            turned = safe_norm(change)
+            unit = change / jnp.where(turned > 0, turned, 1), way / jnp.where(differ, moved, 1)
+            largest = largest / jnp.maximum(jnp.abs(jnp.dot(*unit, precision="highest")), LEAST_COSINE)
+        return jnp.where(differ, largest, 0)
 
 
 def _alone(terms: dfx.AbstractTerm, like: ClockState) -> dfx.ODETerm:

@@ -66,6 +66,7 @@ class Memory(NamedTuple):
     - `rises`: one where the gradient norm has risen from its smallest value, by more than errors of the steps make it.
     - `log_decay`: the logarithm of the fastest rate of decay per unit of `t` that was seen lately.
     - `unsuited`: how many steps more than others would have paid as steps of another kind.
+    - `sliding`: how many units slide along their kinks.
     """
 
     share: Float[Array, ""]
@@ -82,6 +83,7 @@ class Memory(NamedTuple):
     rises: Float[Array, ""]
     log_decay: Float[Array, ""]
     unsuited: Float[Array, ""]
+    sliding: Float[Array, ""]
 
 
 class ClockState(eqx.Module):

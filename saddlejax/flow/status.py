@@ -17,6 +17,7 @@ class Status(eqx.Enumeration):
     met_at_start = "target already met at the start"
     step_limit = "step limit reached before the target"
     underflow = "underflow: the gradient is too small for this floating-point type"
+    stuck = "stuck: no step was found that lowers the loss, though all numbers are finite"
     non_finite = "non-finite: no step was found whose result is finite and does not raise the loss"
 
 

@@ -14,7 +14,7 @@ from .. import _check
 from .._numerics import safe_norm
 from ..parameters import GroupShapes
 from .coordinates import Coordinates, to_coordinates
-from .exponential import ExponentialRosenbrock, Work
+from .exponential import ExponentialRosenbrock, Work, relative_to_leaves
 from .field import PlateauField
 from .memory import decay_seen, log_pace, remember, smallest_share
 from .state import ClockState, Memory, Parts
@@ -86,6 +86,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
     - `rtol`: the tolerance of the controller; the error of the Krylov spaces is a hundredth of it.
     - `krylov_size`: the most vectors in a Krylov space.
+    - `graded`: whether an error is measured beside the singular values that it perturbs, the default, or beside its group.
 
     The solver state counts gradients and Hessian-vector products, see `Work`. Derivatives through a solve are not
     available.
@@ -93,6 +94,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
     rtol: Float[Array, ""] | float = 1e-2
     krylov_size: int = eqx.field(static=True, default=48)
+    graded: bool = eqx.field(static=True, default=True)
     term_structure: ClassVar = dfx.ODETerm
     interpolation_cls: ClassVar[Callable[..., NodeInterpolation]] = NodeInterpolation
 
@@ -126,7 +128,8 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         theta = shapes.join(here.arrays())
         rtol = jnp.asarray(self.rtol, theta.dtype)
         share = jnp.maximum(y0.memory.share, smallest_share(rtol))
-        graded = relative_to_singular_values(shapes.split(theta), rtol)
+        arrays = shapes.split(theta)
+        graded = relative_to_singular_values(arrays, rtol) if self.graded else relative_to_leaves(arrays)
 
         def velocity(theta: Array) -> Array:
             slopes = jax.grad(lambda arrays: field.objective.loss(field.parameters.with_arrays(arrays)))

@@ -168,11 +168,16 @@ def slope_jumps(activation: str | Activation) -> bool:
     Arrays of the activation that are being traced are taken to have no special values.
     """
     function = with_known_numbers(resolve_activation(activation))
-    return _common_slope(function) is None or _slope_jumps_on_grid(function)
+    return _common_slope(function) is None or len(_jumps_on_grid(function)) > 0
+
+
+def jumps_of_slope(activation: Activation) -> np.ndarray:
+    """The places, known to rounding, at which `σ'` jumps."""
+    return _jumps_on_grid(with_known_numbers(activation))
 
 
 @remembered
-def _slope_jumps_on_grid(function: Activation) -> bool:
+def _jumps_on_grid(function: Activation) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         values, slopes = values_and_slopes(function, _POINTS)
         slopes = slopes.astype(np.float64)
@@ -181,14 +186,14 @@ def _slope_jumps_on_grid(function: Activation) -> bool:
         left, right, below, above = _POINTS[:-1], _POINTS[1:], slopes[:-1], slopes[1:]
         for _ in range(_HALVINGS):
             if not np.any(_jump(below, above) > least):
-                return False
+                break
             middle = 0.5 * (left + right)
             between = values_and_slopes(function, middle)[1].astype(np.float64)
             # Where there is no slope, as JAX finds it right at a singularity, both ends are kept.
             known, lower = np.isfinite(between), _jump(below, between) >= _jump(between, above)
             left, below = np.where(known & ~lower, (middle, between), (left, below))
             right, above = np.where(known & lower, (middle, between), (right, above))
-        return bool(np.any(_jump(below, above) > least))
+        return left[_jump(below, above) > least]
 
 
 def _jump(below: np.ndarray, above: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from .._numerics import safe_norm
 from .activations import Activation, ActivationParts
+from .kinked import applied
 
 Weights = tuple[Float[Array, "_ _"], ...]
 """One matrix `(fan_out, fan_in)` a layer."""
@@ -77,7 +78,7 @@ def preactivations(net: AbstractNetwork, x: Float[Array, "*batch in"]) -> list[F
     h = x
     zs: list[Array] = []
     for layer, matrix in enumerate(net.matrices()):
-        h = net.activation(zs[-1]) if layer > 0 else h
+        h = applied(net.activation, zs[-1]) if layer > 0 else h
         zs.append(jnp.matmul(h, matrix.T, precision="highest"))
     return zs
 
