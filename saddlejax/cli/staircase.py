@@ -59,8 +59,8 @@ def staircase(
 
     A deep linear network learns the modes of its teacher one at a time, the largest singular value first; the loss on
     the plateau after k modes is half the sum of the squares of those left. The flow of a smooth network is integrated
-    by an exponential method whose work grows like log 1/ε, however long the plateaus are; that of a ReLU network by an
-    explicit one. The last column says how much the end of a plateau moves, in log t, at three times the tolerance.
+    by an exponential method whose work grows like log 1/ε, however long the plateaus are; that of a ReLU network slides
+    along the kinks of its units, by explicit or exponential steps as it needs. The last column says how much the end of a plateau moves, in log t, at three times the tolerance.
 
     \b
     Examples:
@@ -85,9 +85,9 @@ def staircase(
         layer_indices(layer, depth)
         net = MLP([task.in_size, *[width] * (depth - 1), task.out_size], activation, key=jax.random.key(seed))
         net = scale_layers(net, scale)
-        tolerance = rtol
+        tolerance, kinked = rtol, slope_jumps(net.activation)
         if tolerance is None:
-            tolerance = KINKED_RTOL if slope_jumps(net.activation) else STIFF_RTOL
+            tolerance = KINKED_RTOL if kinked else STIFF_RTOL
         _check.positive_number("rtol", tolerance)
         if CHECK * tolerance >= 1:
             raise _check.fail("rtol", f"be below {1 / CHECK:.3g}, since the check takes {CHECK:g} times as much", rtol)
@@ -98,7 +98,8 @@ def staircase(
         console.print(f"{task}\nnetwork: {net}, init scale {scale:g}")
         bar.start()
         job = bar.add_task("flow", total=None)
-        run = partial(gradient_flow, net, task, target, stiff=True, save=Save(weights=True), max_steps=max_steps)
+        stiff = None if kinked else True  # where it slides along kinks a flow chooses its steps
+        run = partial(gradient_flow, net, task, target, stiff=stiff, save=Save(weights=True), max_steps=max_steps)
         flow = run(rtol=tolerance)
         keep(flow, flow.plateaus(), finished=False)
         bar.update(job, total=1, completed=1)

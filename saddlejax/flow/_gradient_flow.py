@@ -65,22 +65,25 @@ def gradient_flow(
       [`saddlejax.Time`][] or [`saddlejax.Loss`][].
     - `trainable`: which arrays move, as a filter of `equinox.partition`: by default all floating-point arrays of a model,
       and the `weights` of a perceptron.
-    - `rtol`: the error of a step relative to each array, by default 1e-4, or 2e-4 where the slope of the activation of a
-      perceptron jumps. Where the escape time is asked for, errors in the arrays are multiplied by a weight between 1/20 and
-      1 that falls as the plateau passes: late on it they hardly change the escape time, so that steps may be longer. The
-      weight is one where a bias has found a minimum of its own.
+    - `rtol`: the error of a step relative to each array, by default 1e-4, or 2e-4 where slopes of activations jump. Where the
+      escape time is asked for, errors in the arrays are multiplied by a weight between 1/20 and 1 that falls as the plateau
+      passes: late on it they hardly change the escape time, so that steps may be longer. The weight is one where a bias has
+      found a minimum of its own.
     - `save`: what to keep on the way, see [`saddlejax.Save`][].
     - `solver`: an explicit diffrax solver whose last stage is the first of the next step. By default `Tsit5`, and `Bosh3`
-      for kinked perceptrons.
+      where slopes of activations jump.
     - `max_steps`: the most steps to attempt.
     - `stiff`: whether to take exponential steps, those of [`saddlejax.ExponentialRosenbrock`][], which directions that decay
       fast do not bound, as they bound explicit ones on later plateaus or where a bias relaxes. By default the flow chooses,
       and changes from explicit to exponential steps and back by what it meets. The tolerance of exponential steps is
       relative to the singular values of an array that the error perturbs: 1e-2 by default, which gives crossing times to
       about 1e-3; `rtol` where `stiff=True`, a hundred times as much where the flow chooses. Exponential steps are not
-      differentiable: under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.jvp` the default takes explicit ones only. Where the
-      slope of the activation of a perceptron jumps, all steps are explicit.
+      differentiable: under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.jvp` the default takes explicit ones only.
     - `throw`: whether to raise a `RuntimeError` where the flow does not end as it was asked to.
+
+    Flows to any other end than `Escape` slide along the kinks of activations, see [`saddlejax.kinked`][] and
+    [`saddlejax.SlidingSolver`][]; both kinds of step then have the tolerance `rtol` relative to each array, and derivatives are
+    not available. Flows to the first escape take explicit steps across kinks.
 
     **Returns:** a [`saddlejax.Flow`][]. Its `status` tells how the flow ended; the escape time is NaN unless it escaped.
     Works under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.jvp`.
@@ -97,12 +100,23 @@ def gradient_flow(
     chooses = stiff is None and alone and (slides or not kinked(model))
     if chooses:
         options = options._replace(steps=dataclasses.replace(options.steps, patience=jnp.asarray(float(STIFF_STEPS))))
-    if alone and (options.steps.explicit is None or slides):
-        # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
-        with one_blas_thread():
-            flow, found = jax.block_until_ready(_run(model, task, trainable, options))
-    else:
-        flow, found = _run(model, task, trainable, options)
+    try:
+        if alone and (options.steps.explicit is None or slides):
+            # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
+            with one_blas_thread():
+                flow, found = jax.block_until_ready(_run(model, task, trainable, options))
+        else:
+            flow, found = _run(model, task, trainable, options)
+    except jax.errors.UnexpectedTracerError as error:
+        if not slides:
+            raise
+        raise _check.fail(
+            "model",
+            "call activations with kinks outside of jax.jit and control flow, where a flow can follow their kinks",
+            f"a {type(model).__name__} that calls one within",
+            "Take the jit away, since the flow compiles the model anyway; or call a function that is not recognised, such as "
+            "lambda z: jnp.maximum(z, 0), whose kinks are then not followed.",
+        ) from error
     if _check.is_concrete(found):
         if chooses and stopped_for_other_steps(found.stretch):
             plan = in_one_precision(model, task, trainable, options)

@@ -122,13 +122,5 @@ def has_places(model: PyTree, task: Task | Callable[[Any], Array]) -> bool:
         return False
     try:
         return len(places_of(model, task)) > 0
-    except jax.errors.UnexpectedTracerError:
-        raise _check.fail(
-            "model",
-            "call activations with kinks outside of jax.jit and control flow, where a flow can follow their kinks",
-            f"a {type(model).__name__} that calls one within",
-            "Take the jit away, the flow compiles the model anyway; or use a function that is not recognised, such as "
-            "lambda z: jnp.maximum(z, 0), whose kinks are then not followed.",
-        ) from None
     except Exception:  # what is wrong is told where the model is checked
         return False

@@ -60,7 +60,9 @@ def kinks_of(function: Activation) -> Kinks:
         return Kinks((), (), ())
     apart = BESIDE * np.maximum(np.abs(places), 1)
     near, far = (
-        values_and_slopes(with_known_numbers(function), places + np.array([[-side], [side]]) * apart)[1].astype(np.float64)
+        values_and_slopes(with_known_numbers(function), places + np.array([[-side], [side]]) * apart)[1].astype(
+            np.float64
+        )
         for side in (1, FARTHER)
     )
     below, above = near
