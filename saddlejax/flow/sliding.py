@@ -146,10 +146,11 @@ def slopes_of_step(
     above = jnp.where(depends, risen, distance) > 0
     reach = reach + jnp.abs(risen - distance)
     counts = (near | _within(distance, reach)) & ~depends
-    rank = jnp.where(counts, jnp.where(sides.which, -1, jnp.abs(distance) / jnp.where(reach > 0, reach, 1)), jnp.inf)
-    most = min(most, rank.size)
-    first, which = jax.lax.top_k(-rank.reshape(-1), most)
-    valid = jnp.isfinite(first)
+    # Where there is no room for all, those count whose gradients jump most.
+    jumps = jnp.where(counts, jnp.where(sides.which, jnp.inf, jnp.abs(sides.signals * jump)), -1)
+    most = min(most, jumps.size)
+    first, which = jax.lax.top_k(jumps.reshape(-1), most)
+    valid = first >= 0
     held = jnp.where(sides.which & ~depends, sides.shares, above.astype(theta.dtype))
     dependent = Frozen(depends, held, None)
     frozen = Frozen(depends.reshape(-1).at[which].max(valid).reshape(near.shape), held, sides.z)

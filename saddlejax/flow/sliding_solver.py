@@ -108,7 +108,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
     - `solver`: takes the steps of the smooth field: a [`saddlejax.PlateauSolver`][], or a
       [`saddlejax.StiffPlateauSolver`][] with `graded=False`.
     - `most_units`: how many units may take part in a step; they need a row of the size of the parameters each, and a matrix
-      among themselves. Where more come near their kinks, those that come there first do.
+      among themselves. Where more come near their kinks, those whose gradients jump most do.
 
     For models on a [`saddlejax.Task`][] in which kinks are known, see [`saddlejax.kinked`][]. Derivatives through a solve
     are not available. Source of the velocity at kinks: A. F. Filippov, Differential Equations with Discontinuous Righthand
