@@ -190,12 +190,8 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         loss, slopes, signals, z = units.gradient(shapes.join(layout.split(vector).coordinates.arrays()), held)
         moving = field.motion_along(vector, loss, slopes)
         memory = remember(y0.memory, field, vector, moving, y1.memory.unsuited, y1.memory.log_decay)
-        # The smooth field may be at rest where the units are not yet at their kinks.
-        left = field.log_gradient_norm(vector, moving) - memory.log_highest
-        at_rest = jnp.maximum(memory.at_rest, jnp.where(left < math.log(NEXT_TO_NOTHING), y1.memory.at_rest, 0))
-        # What the box problem makes of rounding.
-        rounding = ROUNDING_OF_SLOPES * math.log(float(jnp.finfo(left.dtype).eps))
-        at_rest = jnp.maximum(at_rest, jnp.where(left < rounding, 1, 0))
+        log_gradient = field.log_gradient_norm(vector, moving)
+        at_rest = _at_rest(memory, y1.memory, log_gradient - memory.log_highest)
         memory = memory._replace(sliding=jnp.sum(which).astype(vector.dtype), at_rest=at_rest)
         new = ClockState(vector, moving, memory, jnp.zeros_like(y1.error))
         # In the coordinates of the end of the inner step, in which the interpolation is.
@@ -249,11 +245,36 @@ def least_motion(field: PlateauField, vector: Float[Array, " state"]) -> Float[A
         return field.motion_along(vector, loss, slopes)
 
 
+def _at_rest(after: Memory, smooth: Memory, log_left: Float[Array, ""]) -> Float[Array, ""]:
+    """Whether a flow is at rest: by its gradient, by the smooth field of a step, or up to what rounding makes of slopes.
+
+    `log_left` is the logarithm of what is left of the gradient beside its largest norm: the smooth field may be at rest
+    where the units are not yet at their kinks.
+    """
+    of_step = jnp.where(log_left < math.log(NEXT_TO_NOTHING), smooth.at_rest, 0)
+    rounding = ROUNDING_OF_SLOPES * math.log(float(jnp.finfo(log_left.dtype).eps))
+    return jnp.maximum(jnp.maximum(after.at_rest, of_step), jnp.where(log_left < rounding, 1, 0))
+
+
 def _units(field: PlateauField) -> KinkedUnits:
-    """The units of the model."""
-    objective = field.objective
-    assert isinstance(objective, TaskObjective)
-    return KinkedUnits(field.parameters, objective)
+    """The units of the model, or an error where there are none to slide along."""
+    objective, name = field.objective, type(field.parameters.model).__name__
+    if not isinstance(objective, TaskObjective):
+        raise _check.fail(
+            "task",
+            "be a saddlejax.Task where a flow is to slide along kinks",
+            "a loss of the model, whose samples are not known",
+            "Take saddlejax.PlateauSolver for it.",
+        )
+    units = KinkedUnits(field.parameters, objective)
+    if not units.places():
+        raise _check.fail(
+            "model",
+            "have activations with kinks where a flow is to slide along them",
+            f"a {name} in which none are known",
+            "Wrap them by saddlejax.kinked, or take saddlejax.PlateauSolver.",
+        )
+    return units
 
 
 def _relative(change: Array, theta: Array, shapes: GroupShapes) -> Float[Array, ""]:

@@ -10,10 +10,10 @@ from .activation_class import jumps_of_slope
 from .activations import Activation
 from .elementwise import values_and_slopes, with_known_numbers
 
-BESIDE = 1e-7
-"""How far beside a kink, relative to its place, the slopes are read off, """
-FARTHER, SAME = 30, 1e-3
-"""and so many times as far, where they must be the same to this much."""
+BESIDE, FARTHER = 1e-7, 30
+"""How far beside a kink, relative to its place, its slopes are read off; and again so many times as far."""
+SAME = 1e-3
+"""By how much the slopes at both distances may differ where they have a limit at the kink."""
 
 
 class Kinks(NamedTuple):
