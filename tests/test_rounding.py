@@ -138,10 +138,11 @@ def three_points() -> tuple[sj.MLP, sj.Task]:
     return net, sj.Task(np.stack([inputs, np.ones(3)], 1), np.array([[1.1], [0.1], [0.8]]))
 
 
-def test_a_time_is_reached_to_the_last_digit_and_rest_is_one_plateau():
+@pytest.mark.parametrize("stiff", [False, True])
+def test_a_time_is_reached_to_the_last_digit_and_rest_is_one_plateau(stiff):
     net, task = three_points()
     for time in (40.0, 4000.0):
-        flow = sj.gradient_flow(net, task, sj.Time(time))
+        flow = sj.gradient_flow(net, task, sj.Time(time), stiff=stiff)
         assert flow.status == sj.Status.time_reached
         assert float(flow.times[-1]) == pytest.approx(time, rel=1e-9)
     # It rests at the least-squares line: loss 0.0875213676, known from the three points alone.
@@ -151,7 +152,7 @@ def test_a_time_is_reached_to_the_last_digit_and_rest_is_one_plateau():
     assert [p.loss for p in found][1:] == [pytest.approx(line, rel=1e-9)]
     assert found[0].end < np.inf and found[1].end == np.inf
     times = jnp.array([1.0, 40.0, 2000.0, 4000.0])
-    kept = sj.gradient_flow(net, task, sj.Time(4000.0), save=sj.Save(times))
+    kept = sj.gradient_flow(net, task, sj.Time(4000.0), save=sj.Save(times), stiff=stiff)
     np.testing.assert_allclose(kept.times, times, rtol=1e-9)
     assert float(kept.losses[-1]) == pytest.approx(line, rel=1e-9)
 

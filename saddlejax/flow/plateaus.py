@@ -20,6 +20,7 @@ from ..networks.activation_class import slope_jumps
 from ..parameters import Parameters
 from ..tasks.task import Task
 from .rounding import log_gradient_rounding, log_sensitivity
+from .sliding_solver import ROUNDING_OF_SLOPES
 from .status import Status
 
 if TYPE_CHECKING:
@@ -287,7 +288,10 @@ def _log_gradients(flow: Flow, rows: np.ndarray, perceptron: bool) -> tuple[np.n
     if perceptron:
         with np.errstate(divide="ignore"):  # layers may be zero
             sensitivity = log_sensitivity(np.log(norms))
-    return logs, log_gradient_rounding(np.max(logs - sensitivity), sensitivity)
+    rounding = log_gradient_rounding(np.max(logs - sensitivity), sensitivity)
+    if "box_problems" in flow.stats:  # slopes at kinks are rounded too
+        rounding = np.maximum(rounding, np.max(logs) + ROUNDING_OF_SLOPES * np.log(np.finfo(gradients.dtype).eps))
+    return logs, rounding
 
 
 def _rest(flow: Flow, is_rounding: np.ndarray) -> int | None:

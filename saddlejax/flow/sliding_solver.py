@@ -78,7 +78,7 @@ class SlidingInterpolation(dfx.AbstractLocalInterpolation):
         if t1 is not None:
             return jax.tree.map(lambda a, b: a - b, self.evaluate(t1, left=left), self.evaluate(t0, left=left))
         inside = self.within.evaluate(t0, left=left)
-        share = (t0 - self.t0) / (self.t1 - self.t0)
+        share = jnp.where(self.memory.at_rest > 0, 1, (t0 - self.t0) / (self.t1 - self.t0))
         return ClockState.unknown(inside.vector + share * self.correction, self.memory)
 
 

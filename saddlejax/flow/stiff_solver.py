@@ -160,6 +160,10 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         speed, response = jax.jvp(velocity, (theta + step.end,), (theta + step.end,))
         rests = ~growing & _is_rounding(speed, response, shapes)
         rests = rests | (layout.split(rate_end).time == 0)
+        # A step that ends at rest may be very long, and but for its beginning all of it is at rest.
+        moves, n = jnp.where(rests, 0, 1).astype(theta.dtype), shapes.size
+        states = states.at[:, :n].set(states[-1, :n] + moves * (states[:, :n] - states[-1, :n]))
+        rates = rates.at[:, :n].multiply(moves)
         explicit = EXPLICIT_STAGES * jnp.maximum(size * step.fastest / STABILITY, 1)
         cost = PRODUCT_COST * step.work.products + 2 * len(NODES)
         unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(explicit < WORTH_CHANGING * cost, 1, -1), 0)
