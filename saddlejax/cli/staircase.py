@@ -60,7 +60,8 @@ def staircase(
     A deep linear network learns the modes of its teacher one at a time, the largest singular value first; the loss on
     the plateau after k modes is half the sum of the squares of those left. The flow of a smooth network is integrated
     by an exponential method whose work grows like log 1/ε, however long the plateaus are; that of a ReLU network slides
-    along the kinks of its units, by explicit or exponential steps as it needs. The last column says how much the end of a plateau moves, in log t, at three times the tolerance.
+    along the kinks of its units, by explicit or exponential steps as it needs. The last column says how much the end of a
+    plateau moves, in log t, at three times the tolerance.
 
     \b
     Examples:

@@ -135,7 +135,7 @@ def slopes_of_step(
     units would have taken part.
 
     **Arguments:** `sides`: at the start; `velocity`: there; `size`: of the step, in time; `most`: how many units take part,
-    those that come to their kinks first.
+    those whose gradients jump most.
     """
     distance, jump = units.distances(sides.z), units.jumps(sides.z)
     rates = units.rates(theta, sides.frozen, velocity)
