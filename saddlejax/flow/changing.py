@@ -48,7 +48,7 @@ def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Str
             rtol=stiff_rtol if exponential else steps.rtol,
             patience=jnp.full_like(steps.patience, waits),
         )
-        patience *= 1 if exponential else 2
+        patience *= 1 if exponential or steps.slides else 2
         memory = last.state.memory._replace(unsuited=jnp.zeros_like(steps.patience))
         state = eqx.tree_at(lambda y: y.memory, last.state, memory)
         with one_blas_thread():

@@ -51,6 +51,8 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
       that decay beside the others are lost.
     - `largest_growth`: the most by which a step may be longer than the one before, 2 by default.
     - `longest_step`: the longest step in `s`; by default 0.5 where `to_escape` is False, and else none.
+    - `first_rtol`: a bound on the tolerance until the loss leaves the plateau it starts on, none by default. Errors there
+      all lengthen or shorten that plateau, by some fifty times the tolerance.
     """
 
     rtol: Float[Array, ""] | float = 1e-4
@@ -58,6 +60,7 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
     to_escape: bool = eqx.field(static=True, default=True)
     largest_growth: float = eqx.field(static=True, default=2.0)
     longest_step: float | None = eqx.field(static=True, default=None)
+    first_rtol: float = eqx.field(static=True, default=float("inf"))
     atol: ClassVar[float] = 0.0
     norm: ClassVar[Callable[..., Array]] = optx.max_norm
 
@@ -102,6 +105,7 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
         """Whether to keep the step from `t0` to `t1`, and how long the next one is."""
         y0, y1, y_error, rtol = jax.lax.stop_gradient((y0, y1, y_error, jnp.asarray(self.rtol, y0.vector.dtype)))
         min_step = jnp.asarray(self.min_step, rtol.dtype)
+        rtol = jnp.where(args.has_left_plateau(controller_state.loss), rtol, jnp.minimum(rtol, self.first_rtol))
         size = t1 - t0
         of_groups, of_time = relative_errors(args, y_error, y1)
         share = jnp.maximum(y0.memory.share, smallest_share(rtol))

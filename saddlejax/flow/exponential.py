@@ -29,7 +29,7 @@ class Increments(NamedTuple):
     - `estimate`: of the error of `end`, what the Krylov spaces leave included.
     - `largest`: the largest eigenvalue of the Jacobian seen from the vector field, zero if that is negative.
     - `fastest`: the largest absolute value of these eigenvalues.
-    - `spaces`: those of the vector field and of the two remainders, where they were asked for.
+    - `spaces`: those of the vector field and of the remainders, where they were asked for.
     - `work`: spent on it.
     """
 
@@ -38,7 +38,7 @@ class Increments(NamedTuple):
     estimate: Float[Array, " n"]
     largest: Float[Array, ""]
     fastest: Float[Array, ""]
-    spaces: tuple[KrylovSpace, KrylovSpace, KrylovSpace] | None
+    spaces: tuple[KrylovSpace, ...] | None
     work: Work
 
 
@@ -66,16 +66,16 @@ def _functions(x: Array | float, h: Array) -> tuple[Function, Function, Function
 
 
 class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
-    """The continuous extension of [`saddlejax.ExponentialRosenbrock`][]: of order four, right in the stiff directions.
+    """The continuous extension of [`saddlejax.ExponentialRosenbrock`][]: of its order, right in the stiff directions.
 
-    With `x = (t − t_0)/h` it is `y_0 + x h φ_1(xhJ) F + x³ h 2 φ_3(xhJ) a + x⁴ h 6 φ_4(xhJ) b`, at the end of the step
-    its result. It needs no further evaluations, since the Krylov spaces are kept.
+    With `x = (t − t_0)/h` it is `y_0 + x h φ_1(xhJ) F + x³ h 2 φ_3(xhJ) a + x⁴ h 6 φ_4(xhJ) b` (with two
+    stages `a = D(y_2)`, and `b` is not there), at the end of the step its result. It needs no further evaluations, since the Krylov spaces are kept.
     """
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
     y0: PyTree[Array]
-    spaces: tuple[KrylovSpace, KrylovSpace, KrylovSpace]
+    spaces: tuple[KrylovSpace, ...]
 
     def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> PyTree[Array]:
         del left
@@ -84,12 +84,12 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         size = self.t1 - self.t0
         flat, unravel = ravel_pytree(self.y0)
         functions = _functions((t0 - self.t0) / size, jnp.asarray(size, flat.dtype))
-        parts = [space.apply(function)[0] for space, function in zip(self.spaces, functions, strict=True)]
+        parts = [space.apply(function)[0] for space, function in zip(self.spaces, functions, strict=False)]
         return unravel(flat + sum(parts))
 
 
 class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
-    """The parallel exponential Rosenbrock method of order four with an embedded one of order three.
+    """Exponential Rosenbrock methods: the parallel one of order four with an embedded one of order three, and one below.
 
     For autonomous flows `dy/dt = F(y)` whose Jacobian `J` is symmetric, such as gradient flows `F = −∇V`, where `−J` is
     the Hessian. Directions that decay fast do not bound the step. With `D(y) = F(y) − F(y_0) − J(y − y_0)`,
@@ -98,7 +98,11 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
         a = 8 D(y_2) − D(y_3),         b = 2 D(y_3) − 8 D(y_2),
         y_1 = y_0 + h φ_1(hJ) F + 2h φ_3(hJ) a + 6h φ_4(hJ) b,
 
-    and the last term is the error estimate. Only products with `J` are needed, which come from `jax.linearize`: every
+    and the last term is the error estimate. With two stages it is the method of order three with an embedded one of order two,
+
+        y_1 = y_2 + 2h φ_3(hJ) D(y_2),     y_2 = y_0 + h φ_1(hJ) F,
+
+    to which jumps of the vector field within a step do less harm. Only products with `J` are needed, which come from `jax.linearize`: every
     function of `J` is taken in a Krylov space (Lanczos), so that memory grows linearly with the size of `y`. Where a
     Krylov space runs full, what it leaves is added to the error estimate and the step controller shortens the step.
 
@@ -107,6 +111,7 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
     - `tolerance`: the error of the Krylov spaces, relative to the norm of every leaf of `y`. A tenth to a hundredth of
       the tolerance of the step controller is a good choice.
     - `krylov_size`: the most vectors in a space.
+    - `stages`: three, or two.
 
     The solver state counts vector fields and products, see `Work`. Derivatives through a solve are not available.
 
@@ -117,15 +122,18 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
     tolerance: Float[Array, ""] | float = 1e-5
     krylov_size: int = eqx.field(static=True, default=48)
     norm: Norm = eqx.field(static=True, default=relative_to_leaves)
+    stages: int = eqx.field(static=True, default=3)
     term_structure: ClassVar = dfx.ODETerm
     interpolation_cls: ClassVar[Callable[..., ExponentialInterpolation]] = ExponentialInterpolation
 
     def __check_init__(self) -> None:
         _check.whole_number("krylov_size", self.krylov_size)
+        if self.stages not in (2, 3):
+            raise _check.fail("stages", "be 2 or 3", repr(self.stages))
 
     def order(self, terms: dfx.AbstractTerm) -> int:
-        """Four; the error estimate is that of a method of order three."""
-        return 4
+        """Four, or three with two stages; the error estimate is that of a method whose order is less by one."""
+        return self.stages + 1
 
     def init(self, terms: dfx.AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any) -> Work:
         """No work yet."""
@@ -191,22 +199,26 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
             return space.apply(*functions), space.extremes, space.error, space.used, space
 
         rate, product = jax.linearize(field, start)
-        half = _functions(0.5, h)[0]
-        (first, *along), (lowest, largest), left_1, used_1, space_1 = several(rate, 1, [half, *(one[0] for one in at)])
 
         def rest(change: Array) -> Array:
             return field(start + change) - rate - product(change)
 
-        rest_2, rest_3 = rest(first), rest(along[-1])
-        second, _, left_2, used_2, space_2 = several(8 * rest_2 - rest_3, 3, [one[1] for one in at])
-        third, _, left_3, used_3, space_3 = several(2 * rest_3 - 8 * rest_2, 4, [one[2] for one in at])
-        *inner, end = [sum(parts) for parts in zip(along, second, third, strict=True)]
+        half = [_functions(0.5, h)[0]] if self.stages == 3 else []
+        inside, (lowest, largest), left, used, space = several(rate, 1, [*half, *(one[0] for one in at)])
+        states, spaces = inside[len(half) :], [space]
+        rests = [rest(change) for change in [*inside[: len(half)], states[-1]]]
+        remainders = [8 * rests[0] - rests[1], 2 * rests[1] - 8 * rests[0]] if half else rests
+        for order, remainder in enumerate(remainders, 3):
+            parts, _, more_left, more_used, space = several(remainder, order, [one[order - 2] for one in at])
+            states = [state + part for state, part in zip(states, parts, strict=True)]
+            left, used, spaces = left + more_left, used + more_used, [*spaces, space]
+        *inner, end = states
         return Increments(
             end=end,
             inner=tuple(inner),
-            estimate=third[-1] + left_1 + left_2 + left_3,
+            estimate=parts[-1] + left,
             largest=largest,
             fastest=jnp.maximum(largest, -lowest),
-            spaces=(space_1, space_2, space_3) if keep else None,
-            work=Work(jnp.asarray(3), used_1 + used_2 + used_3 + 2),
+            spaces=tuple(spaces) if keep else None,
+            work=Work(jnp.asarray(self.stages), used + self.stages - 1),
         )

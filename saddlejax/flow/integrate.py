@@ -24,6 +24,8 @@ from .stiff_solver import StiffPlateauSolver
 from .until import AbstractUntil
 
 Kind = Literal["lax", "bounded"]
+FIRST_KINKED_RTOL = 2e-4
+"""The largest tolerance of flows along kinks until they leave the first plateau."""
 
 
 class Steps(eqx.Module):
@@ -49,7 +51,7 @@ class Steps(eqx.Module):
         """The solver of the plateau clock; loops over stages are of the given kind."""
         if self.explicit is None:
             # At kinks modes are not learned one by one, and an error relative to singular values would be far too strict.
-            solver: PlateauSolver | StiffPlateauSolver = StiffPlateauSolver(self.rtol, graded=not self.slides)
+            solver: PlateauSolver | StiffPlateauSolver = StiffPlateauSolver(self.rtol, at_kinks=self.slides)
         else:
             inner = eqx.tree_at(lambda s: s.scan_kind, self.explicit, kind, is_leaf=lambda leaf: leaf is None)
             solver = PlateauSolver(inner)
@@ -58,9 +60,10 @@ class Steps(eqx.Module):
     @property
     def controller(self) -> PlateauController:
         """The step size controller."""
+        first = FIRST_KINKED_RTOL if self.slides else math.inf
         if self.explicit is None:
-            return PlateauController(self.rtol, self.min_step, self.to_escape, 3.0, math.inf)
-        return PlateauController(self.rtol, self.min_step, self.to_escape)
+            return PlateauController(self.rtol, self.min_step, self.to_escape, 3.0, math.inf, first)
+        return PlateauController(self.rtol, self.min_step, self.to_escape, first_rtol=first)
 
 
 class Stretch(NamedTuple):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._numerics import safe_norm
 from .box_problem import solve_box
 from .units import Frozen, KinkedUnits, dependent_units
 
@@ -28,10 +29,10 @@ REACH = 2.0
 """How many times as far as their present rates take them units may come in a step."""
 INTERIOR = 1e-9
 """From here on a share is between its bounds."""
-PASSES = 2
+PASSES, MOST_PASSES = 2, 8
 """How often the slopes are solved for where those of upper units change the signals at lower ones."""
-
-PASSES_AT_REST = 8
+SETTLED = 0.02
+"""The slopes are known where solving for them once more changes the gradient by no more than this part of it."""
 AT_KINK = 1e-2
 """Units are at their kinks within this times the root of the rounding, relative to the largest pre-activation."""
 
@@ -122,6 +123,20 @@ class SlidingProblem(NamedTuple):
         return self.valid & slid & (self.signal < 0) & (below < 0) & (above > 0)
 
 
+class Slopes(NamedTuple):
+    """The slopes of a step.
+
+    - `frozen`: those of units near their kinks; `problem`: which they solve, with `shares`.
+    - `passes`: how often they were solved for; `settled`: whether the last time changed next to nothing.
+    """
+
+    frozen: Frozen
+    problem: SlidingProblem
+    shares: Float[Array, " near"]
+    passes: Int[Array, ""]
+    settled: Bool[Array, ""]
+
+
 def slopes_of_step(
     units: KinkedUnits,
     theta: Float[Array, " parameters"],
@@ -130,9 +145,8 @@ def slopes_of_step(
     size: Float[Array, ""],
     respond: Response,
     most: int,
-) -> tuple[Frozen, SlidingProblem, Float[Array, " near"], Frozen, Int[Array, ""]]:
-    """The slopes to be frozen over a step, the problem they solve, its shares, units that depend on others, and how many
-    units would have taken part.
+) -> tuple[Slopes, Frozen, Int[Array, ""]]:
+    """The slopes to be frozen over a step, units that depend on others, and how many units would have taken part.
 
     **Arguments:** `sides`: at the start; `velocity`: there; `size`: of the step, in time; `most`: how many units take part,
     those whose gradients jump most.
@@ -173,22 +187,23 @@ def slopes_of_step(
             size=size,
         )
 
-    def once_more(_: Any, carry: tuple[Array, Frozen, SlidingProblem]) -> tuple[Array, Frozen, SlidingProblem]:
-        shares, frozen, _ = carry
-        _, gradient, signals, _ = units.gradient(theta, frozen)
-        problem = posed(shares, frozen, gradient, signals)
-        shares, _ = problem.solve(shares)
-        return shares, _with_shares(frozen, which, valid, shares), problem
+    def once_more(found: Slopes) -> Slopes:
+        _, gradient, signals, _ = units.gradient(theta, found.frozen)
+        problem = posed(found.shares, found.frozen, gradient, signals)
+        shares, _ = problem.solve(found.shares)
+        change = jnp.matmul((shares - found.shares) * problem.signal, problem.jacobian, precision="highest")
+        settled = safe_norm(change) <= SETTLED * safe_norm(gradient + change)
+        return Slopes(_with_shares(found.frozen, which, valid, shares), problem, shares, found.passes + 1, settled)
 
+    def goes_on(found: Slopes) -> Bool[Array, ""]:
+        return (found.passes < least_passes) | (~found.settled & (found.passes < most_passes))
+
+    alone = len(units.places()) < 2
+    least_passes, most_passes = (1, 1) if alone else (PASSES, MOST_PASSES)
     shares = at(held)
     empty = jax.tree.map(jnp.zeros_like, eqx.filter_eval_shape(posed, shares, frozen, theta, sides.signals))
-    shares, frozen, problem = jax.lax.fori_loop(0, passes_of(units), once_more, (shares, frozen, empty))
-    return frozen, problem, shares, dependent, jnp.sum(counts)
-
-
-def passes_of(units: KinkedUnits) -> int:
-    """How often the slopes are solved for: with units in one place none changes the signal at another."""
-    return 1 if len(units.places()) < 2 else PASSES
+    found = jax.lax.while_loop(goes_on, once_more, Slopes(frozen, empty, shares, jnp.asarray(0), jnp.asarray(False)))
+    return found, dependent, jnp.sum(counts)
 
 
 def _within(distance: Array, reach: Array) -> Bool[Array, "samples units"]:
@@ -249,7 +264,7 @@ def sides_at(
         least = solve_box(matrix, linear, top, shares * top) / jnp.where(top > 0, top, 1)
         return _with_shares(frozen, which, valid, jnp.where(top > 0, least, own))
 
-    frozen = jax.lax.fori_loop(0, PASSES_AT_REST, once_more, frozen)
+    frozen = jax.lax.fori_loop(0, MOST_PASSES, once_more, frozen)
     loss, gradient, signals, z = units.gradient(theta, frozen)
     inside = counts & (signals * jump > 0) & (frozen.shares > INTERIOR) & (frozen.shares < 1 - INTERIOR)
     return loss, gradient, Sides(inside, inside | depends, frozen.shares, signals, z)

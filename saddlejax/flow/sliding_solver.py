@@ -20,7 +20,7 @@ from .coordinates import to_coordinates
 from .exponential import relative_to_leaves
 from .field import PlateauField
 from .memory import remember
-from .sliding import PASSES_AT_REST, Response, Sides, passes_of, sides_at, sliding_after, slopes_of_step
+from .sliding import MOST_PASSES, Response, Sides, sides_at, sliding_after, slopes_of_step
 from .solvers import PlateauSolver
 from .state import ClockState, Memory
 from .stiff_solver import KRYLOV_SHARE, StiffPlateauSolver
@@ -28,8 +28,10 @@ from .units import FrozenObjective, KinkedUnits
 
 RESPONSE_SIZE = 16
 """The most vectors in the Krylov space of the response to slopes."""
+LEFT_AT_REST = 1e-8
+"""What is left of the gradient, beside its largest norm in the flow, where the smooth field of a step is at rest."""
 NEXT_TO_NOTHING = 1e-6
-"""What is left of the gradient at rest, beside its largest norm in the flow, is less than this."""
+"""What is left of it where rounding leaves no step that lowers the loss."""
 ROUNDING_OF_SLOPES = 0.75
 """The power of the rounding of numbers that is the rounding of slopes at kinks."""
 LARGEST_GAIN = 4.0
@@ -106,7 +108,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
     **Arguments:**
 
     - `solver`: takes the steps of the smooth field: a [`saddlejax.PlateauSolver`][], or a
-      [`saddlejax.StiffPlateauSolver`][] with `graded=False`.
+      [`saddlejax.StiffPlateauSolver`][] with `at_kinks=True`.
     - `most_units`: how many units may take part in a step; they need a row of the size of the parameters each, and a matrix
       among themselves. Where more come near their kinks, those whose gradients jump most do.
 
@@ -138,7 +140,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         with jax.default_matmul_precision("highest"):
             _, _, sides = sides_at(units, theta, self.most_units)
         zero = jnp.asarray(0)
-        work = SlidingWork(zero + PASSES_AT_REST + 2, zero, zero, zero + PASSES_AT_REST, zero, zero)
+        work = SlidingWork(zero + MOST_PASSES + 2, zero, zero, zero + MOST_PASSES, zero, zero)
         return SlidingState(self.solver.init(terms, t0, t1, y0, args), sides, work)
 
     def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
@@ -170,9 +172,10 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         per_clock = shapes.map(lambda u, v: jnp.exp(u) * v, here.log_units, here.velocity(rate.coordinates))
         velocity = per_clock / jnp.where(tau > 0, tau, 1)
         respond, products = self._response(units, theta, past.sides, velocity, (t1 - t0) * tau)
-        frozen, problem, shares, dependent, wanted = slopes_of_step(
+        slopes, dependent, wanted = slopes_of_step(
             units, theta, past.sides, velocity, (t1 - t0) * tau, respond, self.most_units
         )
+        frozen, problem, shares, passes = slopes.frozen, slopes.problem, slopes.shares, slopes.passes
         smooth = eqx.tree_at(lambda f: f.objective, field, FrozenObjective(units.objective, frozen))
         y1, error, within, inner, result = self.solver.step(terms, t0, t1, y0, smooth, past.inner, True)
 
@@ -187,8 +190,8 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         vector = layout.join(after._replace(coordinates=to_coordinates(shapes.split(reached + change))))
 
         which, held = sliding_after(problem, sliding, dependent)
-        loss, slopes, signals, z = units.gradient(shapes.join(layout.split(vector).coordinates.arrays()), held)
-        moving = field.motion_along(vector, loss, slopes)
+        loss, gradient, signals, z = units.gradient(shapes.join(layout.split(vector).coordinates.arrays()), held)
+        moving = field.motion_along(vector, loss, gradient)
         memory = remember(y0.memory, field, vector, moving, y1.memory.unsuited, y1.memory.log_decay)
         log_gradient = field.log_gradient_norm(vector, moving)
         at_rest = _at_rest(memory, y1.memory, log_gradient - memory.log_highest)
@@ -200,7 +203,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         of_kinks = _relative(change, reached, shapes)
         error = eqx.tree_at(lambda y: y.error, error, jnp.maximum(error.error, of_kinks))
         slid = past.sides.which.reshape(-1)[problem.units]
-        work, passes = past.work, passes_of(units)
+        work = past.work
         spent = SlidingWork(
             gradients=work.gradients + passes + 1,
             products=work.products + products,
@@ -216,7 +219,8 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
     ) -> tuple[Response, Int[Array, ""]]:
         """How parameters respond to a constant force over a step, and the products that this took.
 
-        `φ_1(hA)` for exponential steps, in the Krylov space of the velocity; along other directions it is taken for one.
+        `φ_1(hA)` for exponential steps, in the Krylov space of the velocity. For all other directions it is one number, from
+        the Rayleigh quotient of `A` along the forces of the units that slide.
         """
         if isinstance(self.solver, PlateauSolver):
             return lambda force: force, jnp.asarray(0)
@@ -231,9 +235,17 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
             KRYLOV_SHARE * jnp.asarray(self.solver.rtol, theta.dtype),
             RESPONSE_SIZE,
         ).space()
-        gains = jnp.minimum(phi(1, size * found.values), LARGEST_GAIN) - 1
         basis = jnp.matmul(found.vectors.T, found.basis)
-        return lambda force: force + jnp.matmul(jnp.matmul(force, basis.T) * gains, basis), found.used
+        # The forces of all units together, with random signs so that none cancel.
+        signs = jax.random.rademacher(jax.random.key(0), sides.z.shape, sides.z.dtype)
+        weights = signs * jnp.where(sides.which, sides.signals, 0)
+        force = jax.grad(lambda theta: jnp.sum(weights * units.preactivations(theta)))(theta)
+        others = force - jnp.matmul(jnp.matmul(force, basis.T), basis)
+        square = jnp.dot(others, others)
+        value = jnp.where(square > 0, jnp.dot(others, product(others)) / jnp.where(square > 0, square, 1), 0)
+        gains = jnp.minimum(phi(1, size * jnp.append(found.values, value)), LARGEST_GAIN)
+        inside, outside = gains[:-1] - gains[-1], gains[-1]
+        return lambda force: outside * force + jnp.matmul(jnp.matmul(force, basis.T) * inside, basis), found.used + 1
 
 
 def least_motion(field: PlateauField, vector: Float[Array, " state"]) -> Float[Array, " state"]:
@@ -251,7 +263,7 @@ def _at_rest(after: Memory, smooth: Memory, log_left: Float[Array, ""]) -> Float
     `log_left` is the logarithm of what is left of the gradient beside its largest norm: the smooth field may be at rest
     where the units are not yet at their kinks.
     """
-    of_step = jnp.where(log_left < math.log(NEXT_TO_NOTHING), smooth.at_rest, 0)
+    of_step = jnp.where(log_left < math.log(LEFT_AT_REST), smooth.at_rest, 0)
     rounding = ROUNDING_OF_SLOPES * math.log(float(jnp.finfo(log_left.dtype).eps))
     return jnp.maximum(jnp.maximum(after.at_rest, of_step), jnp.where(log_left < rounding, 1, 0))
 

@@ -23,11 +23,13 @@ from .state import ClockState, Memory, Parts
 INNER_NODES = (0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5)
 NODES = (0.0, *INNER_NODES, 1.0)
 ROUNDING, GROWING = 10, 0.01
+ROUNDING_AT_KINKS = 0.5
+"""The power of the rounding of numbers that is left of the velocity where slopes are frozen that are not quite those at rest."""
 KRYLOV_SHARE = 0.01
-STABILITY = 3.3
+EXPLICIT, EXPLICIT_AT_KINKS = (6, 3.3), (9, 2.5)
+"""What an explicit step costs, in gradients, and how far it reaches in times of the fastest decay."""
 PRODUCT_COST = 1.8
 """What a Hessian-vector product costs, in gradients."""
-EXPLICIT_STAGES = 6
 WORTH_CHANGING = 0.8
 
 
@@ -86,7 +88,9 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
     - `rtol`: the tolerance of the controller; the error of the Krylov spaces is a hundredth of it.
     - `krylov_size`: the most vectors in a Krylov space.
-    - `graded`: whether an error is measured beside the singular values that it perturbs, the default, or beside its group.
+    - `at_kinks`: whether it takes the steps of a [`saddlejax.SlidingSolver`][], whose smooth field may jump all the same where
+      a unit comes to its kink that was not expected there. The method then has two stages instead of three, and an error is
+      measured beside its group instead of the singular values that it perturbs.
 
     The solver state counts gradients and Hessian-vector products, see `Work`. Derivatives through a solve are not
     available.
@@ -94,7 +98,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
     rtol: Float[Array, ""] | float = 1e-2
     krylov_size: int = eqx.field(static=True, default=48)
-    graded: bool = eqx.field(static=True, default=True)
+    at_kinks: bool = eqx.field(static=True, default=False)
     term_structure: ClassVar = dfx.ODETerm
     interpolation_cls: ClassVar[Callable[..., NodeInterpolation]] = NodeInterpolation
 
@@ -103,9 +107,9 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         _check.whole_number("krylov_size", self.krylov_size)
 
     def order(self, terms: Any) -> int:
-        """Four; the error estimate is that of a method of order three."""
+        """Four, or three at kinks; the error estimate is that of a method whose order is less by one."""
         del terms
-        return 4
+        return 3 if self.at_kinks else 4
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: ClockState, args: PlateauField) -> Work:
         """No work yet."""
@@ -129,16 +133,17 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         rtol = jnp.asarray(self.rtol, theta.dtype)
         share = jnp.maximum(y0.memory.share, smallest_share(rtol))
         arrays = shapes.split(theta)
-        graded = relative_to_singular_values(arrays, rtol) if self.graded else relative_to_leaves(arrays)
+        relative = relative_to_leaves(arrays) if self.at_kinks else relative_to_singular_values(arrays, rtol)
 
         def velocity(theta: Array) -> Array:
             slopes = jax.grad(lambda arrays: field.objective.loss(field.parameters.with_arrays(arrays)))
             return -tau * shapes.join(slopes(shapes.split(theta)))
 
         def norm(error: Array) -> Array:
-            return graded(shapes.split(error)) / share
+            return relative(shapes.split(error)) / share
 
-        solver = ExponentialRosenbrock(KRYLOV_SHARE * rtol, self.krylov_size, lambda _: norm)
+        stages = 2 if self.at_kinks else 3
+        solver = ExponentialRosenbrock(KRYLOV_SHARE * rtol, self.krylov_size, lambda _: norm, stages)
         step = solver.increments(velocity, theta, size, INNER_NODES)
         ends = shapes.split(theta + step.end)
         vector = layout.join(before._replace(coordinates=to_coordinates(ends)))
@@ -158,19 +163,20 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         log_decay = decay_seen(y0.memory, step.fastest, log_pace(field, rate))
         growing = step.largest * before.time > GROWING * moving.time
         speed, response = jax.jvp(velocity, (theta + step.end,), (theta + step.end,))
-        rests = ~growing & _is_rounding(speed, response, shapes)
+        rests = ~growing & _is_rounding(speed, response, shapes, ROUNDING_AT_KINKS if self.at_kinks else 1)
         rests = rests | (layout.split(rate_end).time == 0)
         # A step that ends at rest may be very long, and but for its beginning all of it is at rest.
         moves, n = jnp.where(rests, 0, 1).astype(theta.dtype), shapes.size
         states = states.at[:, :n].set(states[-1, :n] + moves * (states[:, :n] - states[-1, :n]))
         rates = rates.at[:, :n].multiply(moves)
-        explicit = EXPLICIT_STAGES * jnp.maximum(size * step.fastest / STABILITY, 1)
+        price, stability = EXPLICIT_AT_KINKS if self.at_kinks else EXPLICIT
+        explicit = price * jnp.maximum(size * step.fastest / stability, 1)
         cost = PRODUCT_COST * step.work.products + 2 * len(NODES)
         unsuited = jnp.maximum(y0.memory.unsuited + jnp.where(explicit < WORTH_CHANGING * cost, 1, -1), 0)
         memory = remember(y0.memory, field, vector, rate_end, unsuited, log_decay)
         memory = memory._replace(at_rest=jnp.where(rests, 1, 0).astype(vector.dtype))
         y1 = ClockState(vector, rate_end, memory, jnp.zeros_like(y0.error))
-        wrong = eqx.tree_at(lambda y: y.error, jax.tree.map(jnp.zeros_like, y1), graded(shapes.split(step.estimate)))
+        wrong = eqx.tree_at(lambda y: y.error, jax.tree.map(jnp.zeros_like, y1), relative(shapes.split(step.estimate)))
         work = (step.work.vector_fields + len(NODES) - 1, step.work.products + 1)
         spent = Work(*(past + new for past, new in zip(solver_state, work, strict=True)))
         dense = {"states": states, "rates": rates, "memory": memory}
@@ -225,8 +231,8 @@ def _graded(error: Array, left: Array, largest: Array, right: Array) -> Array:
     return jnp.maximum(safe_norm(inside), safe_norm(error) / jnp.where(largest > 0, largest, 1))
 
 
-def _is_rounding(velocity: Array, response: Array, shapes: GroupShapes) -> Bool[Array, ""]:
-    """Whether a velocity is no more than what rounding of the parameters makes of it, by its response to them."""
-    eps = jnp.finfo(velocity.dtype).eps
+def _is_rounding(velocity: Array, response: Array, shapes: GroupShapes, power: float) -> Bool[Array, ""]:
+    """Whether a velocity is no more than what rounding of the parameters, to a power, makes of it by its response to them."""
+    eps = jnp.finfo(velocity.dtype).eps ** power
     groups = zip(shapes.split(velocity), shapes.split(response), strict=True)
     return jnp.all(jnp.stack([safe_norm(v) <= ROUNDING * eps * safe_norm(r) for v, r in groups]))
