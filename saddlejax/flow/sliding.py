@@ -26,12 +26,12 @@ from .box_problem import solve_box
 from .units import Frozen, KinkedUnits, dependent_units
 
 REACH = 2.0
-"""How many times as far as their present rates take them units may come in a step."""
+"""How many times as far as their mean rates take them units may come in a step."""
 INTERIOR = 1e-9
 """From here on a share is between its bounds."""
 PASSES, MOST_PASSES = 2, 8
 """How often the slopes are solved for where those of upper units change the signals at lower ones."""
-SETTLED = 0.02
+SETTLED = 0.3
 """The slopes are known where solving for them once more changes the gradient by no more than this part of it."""
 AT_KINK = 1e-2
 """Units are at their kinks within this times the root of the rounding, relative to the largest pre-activation."""
@@ -153,9 +153,10 @@ def slopes_of_step(
     """
     distance, jump = units.distances(sides.z), units.jumps(sides.z)
     rates = units.rates(theta, sides.frozen, velocity)
-    reach = REACH * size * jnp.abs(rates)
+    mean_rates = units.rates(theta, sides.frozen, respond(velocity))
+    reach = REACH * size * jnp.abs(mean_rates)
     near = _within(distance, reach) | sides.which
-    upwards = size * (jnp.maximum(rates, 0) + jnp.maximum(sides.signals * jump, 0))
+    upwards = size * (jnp.maximum(mean_rates, 0) + jnp.maximum(sides.signals * jump, 0))
     depends, risen = dependent_units(units, theta, near, upwards)
     above = jnp.where(depends, risen, distance) > 0
     reach = reach + jnp.abs(risen - distance)
@@ -242,11 +243,15 @@ def sides_at(
     z = units.preactivations(theta)
     distance, jump = units.distances(z), units.jumps(z)
     near = jnp.abs(distance) <= jnp.sqrt(jnp.finfo(z.dtype).eps) * AT_KINK * jnp.max(jnp.abs(z))
-    _, _, signals, _ = units.gradient(theta, Frozen(near, jnp.full_like(z, 0.5), None))
+    half = Frozen(near, jnp.full_like(z, 0.5), None)
+    # A unit all of whose inputs are zero is at its kink whatever its weights, and has no slope to find.
+    anywhere = jax.random.normal(jax.random.key(0), theta.shape, theta.dtype)
+    near = near & (units.rates(theta, half, anywhere) != 0)
+    _, _, signals, _ = units.gradient(theta, half)
     depends, risen = dependent_units(units, theta, near, jnp.maximum(signals * jump, 0))
     counts = near & ~depends
-    first, which = jax.lax.top_k(jnp.where(counts, 1.0, 0.0).astype(z.dtype).reshape(-1), min(most, z.size))
-    valid = first > 0
+    first, which = jax.lax.top_k(jnp.where(counts, jnp.abs(signals * jump), -1).reshape(-1), min(most, z.size))
+    valid = first >= 0
     at = lambda a: a.reshape(-1)[which]  # noqa: E731
     start = jnp.where(counts, 0.5, jnp.where(depends, risen, distance) > 0).astype(z.dtype)
     frozen = Frozen(depends.reshape(-1).at[which].max(valid).reshape(near.shape), start, None)
@@ -266,5 +271,6 @@ def sides_at(
 
     frozen = jax.lax.fori_loop(0, MOST_PASSES, once_more, frozen)
     loss, gradient, signals, z = units.gradient(theta, frozen)
-    inside = counts & (signals * jump > 0) & (frozen.shares > INTERIOR) & (frozen.shares < 1 - INTERIOR)
+    taken = jnp.zeros(near.size, bool).at[which].max(valid).reshape(near.shape)
+    inside = taken & (signals * jump > 0) & (frozen.shares > INTERIOR) & (frozen.shares < 1 - INTERIOR)
     return loss, gradient, Sides(inside, inside | depends, frozen.shares, signals, z)

@@ -23,7 +23,7 @@ from .memory import remember
 from .sliding import MOST_PASSES, Response, Sides, sides_at, sliding_after, slopes_of_step
 from .solvers import PlateauSolver
 from .state import ClockState, Memory
-from .stiff_solver import KRYLOV_SHARE, StiffPlateauSolver
+from .stiff_solver import KRYLOV_SHARE_AT_KINKS, StiffPlateauSolver
 from .units import FrozenObjective, KinkedUnits
 
 RESPONSE_SIZE = 16
@@ -232,7 +232,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
             velocity,
             lambda z: size * size * phi(2, size * z),
             lambda error: norm(units.parameters.shapes.split(error)),
-            KRYLOV_SHARE * jnp.asarray(self.solver.rtol, theta.dtype),
+            KRYLOV_SHARE_AT_KINKS * jnp.asarray(self.solver.rtol, theta.dtype),
             RESPONSE_SIZE,
         ).space()
         basis = jnp.matmul(found.vectors.T, found.basis)

@@ -25,7 +25,7 @@ NODES = (0.0, *INNER_NODES, 1.0)
 ROUNDING, GROWING = 10, 0.01
 ROUNDING_AT_KINKS = 0.5
 """The power of the rounding of numbers that is left of the velocity where slopes are frozen that are not quite those at rest."""
-KRYLOV_SHARE = 0.01
+KRYLOV_SHARE, KRYLOV_SHARE_AT_KINKS = 0.01, 0.1
 EXPLICIT, EXPLICIT_AT_KINKS = (6, 3.3), (9, 2.5)
 """What an explicit step costs, in gradients, and how far it reaches in times of the fastest decay."""
 PRODUCT_COST = 1.8
@@ -86,7 +86,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
 
     **Arguments:**
 
-    - `rtol`: the tolerance of the controller; the error of the Krylov spaces is a hundredth of it.
+    - `rtol`: the tolerance of the controller; the error of the Krylov spaces is a hundredth of it, or a tenth at kinks.
     - `krylov_size`: the most vectors in a Krylov space.
     - `at_kinks`: whether it takes the steps of a [`saddlejax.SlidingSolver`][], whose smooth field may jump all the same where
       a unit comes to its kink that was not expected there. The method then has two stages instead of three, and an error is
@@ -142,8 +142,8 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         def norm(error: Array) -> Array:
             return relative(shapes.split(error)) / share
 
-        stages = 2 if self.at_kinks else 3
-        solver = ExponentialRosenbrock(KRYLOV_SHARE * rtol, self.krylov_size, lambda _: norm, stages)
+        stages, share_left = (2, KRYLOV_SHARE_AT_KINKS) if self.at_kinks else (3, KRYLOV_SHARE)
+        solver = ExponentialRosenbrock(share_left * rtol, self.krylov_size, lambda _: norm, stages)
         step = solver.increments(velocity, theta, size, INNER_NODES)
         ends = shapes.split(theta + step.end)
         vector = layout.join(before._replace(coordinates=to_coordinates(ends)))
