@@ -156,8 +156,9 @@ def slopes_of_step(
     mean_rates = units.rates(theta, sides.frozen, respond(velocity))
     reach = REACH * size * jnp.abs(mean_rates)
     near = _within(distance, reach) | sides.which
-    upwards = size * (jnp.maximum(mean_rates, 0) + jnp.maximum(sides.signals * jump, 0))
-    depends, risen = dependent_units(units, theta, near, upwards)
+    rises = jnp.where(sides.which, 0, size * jnp.maximum(mean_rates, 0))
+    pushes = size * jnp.maximum(sides.signals * jump, 0)
+    depends, risen = dependent_units(units, theta, near, rises, pushes)
     above = jnp.where(depends, risen, distance) > 0
     reach = reach + jnp.abs(risen - distance)
     counts = (near | _within(distance, reach)) & ~depends
@@ -247,30 +248,41 @@ def sides_at(
     # A unit all of whose inputs are zero is at its kink whatever its weights, and has no slope to find.
     anywhere = jax.random.normal(jax.random.key(0), theta.shape, theta.dtype)
     near = near & (units.rates(theta, half, anywhere) != 0)
-    _, _, signals, _ = units.gradient(theta, half)
-    depends, risen = dependent_units(units, theta, near, jnp.maximum(signals * jump, 0))
-    counts = near & ~depends
-    first, which = jax.lax.top_k(jnp.where(counts, jnp.abs(signals * jump), -1).reshape(-1), min(most, z.size))
-    valid = first >= 0
-    at = lambda a: a.reshape(-1)[which]  # noqa: E731
-    start = jnp.where(counts, 0.5, jnp.where(depends, risen, distance) > 0).astype(z.dtype)
-    frozen = Frozen(depends.reshape(-1).at[which].max(valid).reshape(near.shape), start, None)
+    most = min(most, z.size)
 
-    def once_more(_: Any, frozen: Frozen) -> Frozen:
+    def once_more(_: Any, found: tuple[Frozen, Array, Array]) -> tuple[Frozen, Array, Array]:
+        frozen, sliding, _ = found
         _, gradient, signals, _ = units.gradient(theta, frozen)
-        jacobian = jnp.where(valid[:, None], units.jacobian(theta, frozen, which), 0)
-        signal, shares = jnp.where(valid, at(signals) * at(jump), 0), at(frozen.shares)
+        rates = jnp.where(sliding, 0, -units.rates(theta, frozen, gradient))
+        depends, risen = dependent_units(units, theta, near, jnp.maximum(rates, 0), jnp.maximum(signals * jump, 0))
+        counts = near & ~depends
+        first, which = jax.lax.top_k(jnp.where(counts, jnp.abs(signals * jump), -1).reshape(-1), most)
+        valid = first >= 0
+        at = lambda a: a.reshape(-1)[which]  # noqa: E731
+        # Where a kink repels, the side is the one to which the unit goes.
+        above = jnp.where(counts, jnp.where(rates != 0, rates, distance), jnp.where(depends, risen, distance)) > 0
+        held = Frozen(
+            depends.reshape(-1).at[which].max(valid).reshape(near.shape),
+            jnp.where(sliding & counts, frozen.shares, above.astype(z.dtype)),
+            None,
+        )
+        _, gradient, signals, _ = units.gradient(theta, held)
+        jacobian = jnp.where(valid[:, None], units.jacobian(theta, held, which), 0)
+        signal, shares = jnp.where(valid, at(signals) * at(jump), 0), at(held.shares)
         rest = gradient - jnp.matmul(shares * signal, jacobian, precision="highest")
         matrix = jnp.matmul(jacobian, jacobian.T, precision="highest")
         top = jnp.maximum(signal, 0)
-        own = jnp.where(at(distance) > 0, 1, 0)
+        own = at(above).astype(z.dtype)
         repelled = jnp.where(signal < 0, own, 0)
         linear = -jnp.matmul(jacobian, rest, precision="highest") - matrix @ (signal * repelled)
         least = solve_box(matrix, linear, top, shares * top) / jnp.where(top > 0, top, 1)
-        return _with_shares(frozen, which, valid, jnp.where(top > 0, least, own))
+        shares = jnp.where(top > 0, least, own)
+        inside = valid & (top > 0) & (shares > INTERIOR) & (shares < 1 - INTERIOR)
+        sliding = jnp.zeros(near.size, bool).at[which].max(inside).reshape(near.shape)
+        return _with_shares(held, which, valid, shares), sliding, depends
 
-    frozen = jax.lax.fori_loop(0, MOST_PASSES, once_more, frozen)
+    nothing = jnp.zeros_like(near)
+    start = half, nothing, nothing
+    frozen, sliding, depends = jax.lax.fori_loop(0, MOST_PASSES, once_more, start)
     loss, gradient, signals, z = units.gradient(theta, frozen)
-    taken = jnp.zeros(near.size, bool).at[which].max(valid).reshape(near.shape)
-    inside = taken & (signals * jump > 0) & (frozen.shares > INTERIOR) & (frozen.shares < 1 - INTERIOR)
-    return loss, gradient, Sides(inside, inside | depends, frozen.shares, signals, z)
+    return loss, gradient, Sides(sliding, sliding | depends, frozen.shares, signals, z)

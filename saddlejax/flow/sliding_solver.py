@@ -140,7 +140,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         with jax.default_matmul_precision("highest"):
             _, _, sides = sides_at(units, theta, self.most_units)
         zero = jnp.asarray(0)
-        work = SlidingWork(zero + MOST_PASSES + 2, zero, zero, zero + MOST_PASSES, zero, zero)
+        work = SlidingWork(zero + 2 * MOST_PASSES + 2, zero, zero, zero + MOST_PASSES, zero, zero)
         return SlidingState(self.solver.init(terms, t0, t1, y0, args), sides, work)
 
     def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:

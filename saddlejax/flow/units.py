@@ -188,13 +188,14 @@ def dependent_units(
     units: KinkedUnits,
     theta: Float[Array, " parameters"],
     near: Bool[Array, "samples units"],
-    upwards: Float[Array, "samples units"],
+    rises: Float[Array, "samples units"],
+    pushes: Float[Array, "samples units"],
 ) -> tuple[Bool[Array, "samples units"], Float[Array, "samples units"]]:
     """Units whose inputs come from lower units near their kinks, and how far above its kink each is when these rise.
 
     Where the lower units of a sample are silent but for those that slide, a unit is at its kink with them, at any weights
-    of its own: it has no kink of its own to slide along. On the excursions `upwards` of the lower units it is on one side,
-    and its slope that of this side. Such units are found by other weights: without the lower units near their kinks, their
+    of its own: it has no kink of its own to slide along. Where some of the lower units leave their kinks, by `rises`, it is
+    on one side with them; where all slide, on that of the excursions on which they are pushed, by `pushes`. Its slope is that of this side. Such units are found by other weights: without the lower units near their kinks, their
     inputs are then next to nothing beside what the excursions make of them.
     """
     z = units.preactivations(theta)
@@ -209,11 +210,15 @@ def dependent_units(
         at_kink = activation(own - kinks.distance(own))
         return jnp.where(near[:, which], at_kink, value + slope * (new - own))
 
-    def rising(activation: Activation, kinks: Kinks, new: Array, which: slice) -> Array:
-        rise = kinks.slope(new, jnp.ones_like(new)) * upwards[:, which]
-        return activation(new) + jnp.where(near[:, which], rise, 0)
+    def after(upwards: Array) -> Array:
+        def rising(activation: Activation, kinks: Kinks, new: Array, which: slice) -> Array:
+            rise = kinks.slope(new, jnp.ones_like(new)) * upwards[:, which]
+            return activation(new) + jnp.where(near[:, which], rise, 0)
+
+        return units.distances(seen(units.model(theta), units.task.x, rising)[1])
 
     rest = units.distances(seen(units.model(others), units.task.x, without_near)[1])
-    risen = units.distances(seen(units.model(theta), units.task.x, rising)[1])
+    left, pushed = after(rises), after(pushes)
+    risen = jnp.where(left != distance, left, pushed)
     moved = jnp.abs(risen - distance)
     return (jnp.abs(rest) <= NEGLIGIBLE * moved) & (moved > 0), risen
