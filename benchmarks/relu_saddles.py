@@ -180,20 +180,23 @@ def notes(runs: list[dict]) -> list[str]:
 
 
 def figure(runs: list[dict]) -> Figure:
-    """Losses against the time beside the first escape, at the smallest scale; upper bounds by loss."""
+    """Losses after the first escape, at the scale with the most plateaus; upper bounds by loss."""
     result, ((left, right),) = common.axes(2)
-    smallest = min(run["scale"] for run in runs)
+    counts = {
+        scale: sum(len(r["plateaus"]) for r in runs if r["scale"] == scale) for scale in {r["scale"] for r in runs}
+    }
+    most = max(counts, key=lambda scale: (counts[scale], -scale))
     for number, depth in enumerate(sorted({run["depth"] for run in runs})):
         color, marker = common.style(number).values()
         for run in (run for run in runs if run["depth"] == depth and run["plateaus"]):
-            if run["scale"] == smallest:
-                times = np.array(run["log_times"]) - run["plateaus"][0]["log_end"]
-                left.plot(times / np.log(10), run["losses"], color=color, lw=0.9)
+            if run["scale"] == most:
+                after = np.exp(run["log_times"]) - np.exp(run["plateaus"][0]["log_end"])
+                left.semilogx(after[after > 0], np.array(run["losses"])[after > 0], color=color, lw=0.9)
             losses = [p["loss"] / run["losses"][0] for p in run["plateaus"]]
             right.plot(losses, bounds(run, True), ls="none", marker=marker, color=color, ms=4, alpha=0.6)
         right.plot([], [], ls="none", marker=marker, color=color, label=f"$L = {depth}$")
-    left.set(xlabel=r"$\log_{10}(t\,/\,t_{\rm first\ escape})$", ylabel="loss", xlim=(-1, 1.5))
-    left.set(title=rf"$\epsilon = {smallest:g}$, each line one flow")
+    left.set(xlabel="time after the first escape", ylabel="loss", xlim=(1, None))
+    left.set(title=rf"$\epsilon = {most:g}$, each line one flow")
     right.set(xlabel="loss / initial loss, on plateaus", ylabel="smallest rank of a layer")
     right.invert_xaxis()
     right.legend(frameon=False)

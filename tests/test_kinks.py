@@ -11,7 +11,10 @@ from scipy.optimize import lsq_linear
 
 import saddlejax as sj
 from saddlejax.flow.box_problem import solve_box
+from saddlejax.flow.sliding import sides_at
+from saddlejax.flow.units import KinkedUnits
 from saddlejax.networks.kinks import kinks_of
+from saddlejax.objective import as_problem
 
 absolute = sj.kinked(jnp.abs)
 relu = sj.kinked(jax.nn.relu)
@@ -99,6 +102,37 @@ def test_box_problem_agrees_with_scipy(variables, rank):
         value = lambda x, m=matrix, c=linear: 0.5 * x @ m @ x - c @ x  # noqa: E731
         assert np.all((x >= 0) & (x <= top))
         assert value(x) <= value(other) + 1e-10 * abs(value(other))
+
+
+def test_units_without_inputs_leave_room_for_those_that_slide():
+    """Samples that are zero are at the kinks of all units; they only weaken the gradient of the others."""
+    first = jnp.array([[0.0, 1.0], [1.0, 0.5], [0.3, -0.7]])
+    net = sj.MLP.from_weights([first, jnp.array([[1.0, 0.5, 0.2]])], "relu")
+    x, y = np.array([[1.0, 0.0], [0.2, 1.0], [-0.4, 0.9]]), np.array([[-1.0], [5.0], [2.0]])
+    found = []
+    for silent in (0, 50):
+        task = sj.Task(np.concatenate([np.zeros((silent, 2)), x]), np.concatenate([np.zeros((silent, 1)), y]))
+        problem = as_problem(net, task, None)
+        parameters = problem.parameters
+        theta = parameters.shapes.join(parameters.arrays)
+        _, least, sides = sides_at(KinkedUnits(parameters, problem.objective), theta, 4)
+        assert not np.any(sides.which[:silent])
+        found.append((least * len(task.x), sides.which[silent:], sides.shares[silent, 0]))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-12)
+    np.testing.assert_array_equal(found[1][1], found[0][1])
+    # The unit that is at its kink on the first sample: the row of its pre-activation is that sample.
+    assert bool(found[0][1][0, 0]) and 0 < float(found[0][2]) < 1
+    assert abs(float(found[0][0][0])) < 1e-12
+
+
+def test_the_first_plateau_has_a_finer_tolerance():
+    """Errors of 1e-2 a step would shorten or lengthen it by half."""
+    x = jax.random.normal(jax.random.key(0), (24, 3))
+    task = sj.Task(x, jnp.maximum(x[:, :1] + 0.2 * x[:, 1:2], 0))
+    net = sj.scale_layers(sj.MLP([3, 8, 8, 1], "relu", key=jax.random.key(1)), 1e-3)
+    exact = sj.gradient_flow(net, task)
+    rough = sj.gradient_flow(net, task, sj.Loss(float(exact.losses[-1])), rtol=1e-2, stiff=False)
+    assert abs(float(rough.log_times[-1] - exact.log_times[-1])) < 5e-3
 
 
 @pytest.mark.parametrize("stiff", [False, True])

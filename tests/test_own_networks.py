@@ -311,6 +311,8 @@ def test_other_whole_numbers_and_layers_are_checked():
     for bad in (True, 0, 2.5):
         with pytest.raises(ValueError, match="krylov_size must be a whole number"):
             sj.ExponentialRosenbrock(krylov_size=bad)
+    with pytest.raises(ValueError, match="stages must be 2 or 3"):
+        sj.ExponentialRosenbrock(stages=4)
     with pytest.raises(ValueError, match="bottleneck must name each layer once"):
         sj.sweep(TASK, width=2, depth=2, bottleneck=(0, 0), scale=0.1)
     for call in (sj.predict_escape, sj.critical_exponent):

@@ -163,7 +163,7 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
         log_decay = decay_seen(y0.memory, step.fastest, log_pace(field, rate))
         growing = step.largest * before.time > GROWING * moving.time
         speed, response = jax.jvp(velocity, (theta + step.end,), (theta + step.end,))
-        rests = ~growing & _is_rounding(speed, response, shapes, ROUNDING_AT_KINKS if self.at_kinks else 1)
+        rests = ~growing & _is_rounding(speed, response, shapes, ROUNDING_AT_KINKS if self.at_kinks else 1.0)
         rests = rests | (layout.split(rate_end).time == 0)
         # A step that ends at rest may be very long, and but for its beginning all of it is at rest.
         moves, n = jnp.where(rests, 0, 1).astype(theta.dtype), shapes.size
