@@ -5,8 +5,7 @@
 From He-normal weights times 1e-2 to the losses in the table: three layers of width 8 on 24 samples of a ReLU teacher in three dimensions, and
 four layers of width 20 on 200 digits. The rivals are gradient descent at its largest stable rate, found among powers of two; explicit steps that
 do not know of kinks, as saddlejax 0.1 took them; and LSODA of SciPy. Work is gradients: 1.8 for a Hessian-vector product, one over the number of
-samples for the Jacobian of one unit on one sample. LSODA finds
-its Jacobians by differences of gradients.
+samples for the Jacobian of one unit on one sample. LSODA finds its Jacobians by differences of gradients.
 """
 
 import time
@@ -239,7 +238,9 @@ def table(case: Case, rows: list[tuple[str, list[Passage]]]) -> common.Table:
             ]
         )
     size = "-".join(map(str, case.sizes))
-    seeds = "" if case.seeds == 1 else f"; times of the first of {case.seeds} initialisations, medians of the rest"
+    seeds = (
+        "" if case.seeds == 1 else f"; times of the first of {case.seeds} initialisations, work and seconds as medians"
+    )
     return common.Table(f"{size} on {case.task.samples} samples ({case.name}), ε = {SCALE:g}{seeds}", columns, lines)
 
 
@@ -250,11 +251,10 @@ def figure(numbers: list[dict]) -> Figure:
     for number, name in enumerate(names):
         for position, case in enumerate(dict.fromkeys(one["case"] for one in numbers)):
             mine = [one for one in numbers if one["method"] == name and one["case"] == case]
-            reached = [bool(np.isfinite(one["log_times"][-1])) for one in mine]
-            work = [one["work"] for one in mine]
-            place = np.full(len(work), position + 0.15 * (number - 1.5))
-            options = common.style(number)
-            ax.semilogy(place, work, ls="none", alpha=0.25 if not any(reached) else 0.9, **options)
+            for one in mine:
+                alpha = 0.9 if np.isfinite(one["log_times"][-1]) else 0.25
+                place = position + 0.15 * (number - 1.5)
+                ax.semilogy(place, one["work"], ls="none", alpha=alpha, **common.style(number))
         ax.semilogy([], [], ls="none", label=name, **common.style(number))
     kinds = list(dict.fromkeys(one["case"] for one in numbers))
     ax.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="gradients (pale: did not get there)")

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 
 import saddlejax as sj
 
+jax.config.update("jax_enable_x64", True)
+
 QUICK = {"depths": [3], "scales": [1e-1], "seeds": 1, "width": 4, "samples": 30, "steps": 60}
 PROMINENCE = 2.0
 """By how many e-folds the square of the gradient norm rises after a plateau that counts; kinks make smaller ones."""
@@ -63,7 +65,6 @@ def flows(options: argparse.Namespace) -> Iterator[dict]:
 def _on_one_core(cores: multiprocessing.Queue) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
-    jax.config.update("jax_enable_x64", True)
 
 
 def one_flow(case: dict) -> dict:
