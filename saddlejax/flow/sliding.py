@@ -156,9 +156,8 @@ def slopes_of_step(
     mean_rates = units.rates(theta, sides.frozen, respond(velocity))
     reach = REACH * size * jnp.abs(mean_rates)
     near = _within(distance, reach) | sides.which
-    rises = jnp.where(sides.which, 0, size * jnp.maximum(mean_rates, 0))
-    pushes = size * jnp.maximum(sides.signals * jump, 0)
-    depends, risen = dependent_units(units, theta, near, rises, pushes)
+    upwards = size * (jnp.maximum(mean_rates, 0) + jnp.maximum(sides.signals * jump, 0))
+    depends, risen = dependent_units(units, theta, near, upwards, upwards)
     above = jnp.where(depends, risen, distance) > 0
     reach = reach + jnp.abs(risen - distance)
     counts = (near | _within(distance, reach)) & ~depends
