@@ -69,7 +69,8 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
     """The continuous extension of [`saddlejax.ExponentialRosenbrock`][]: of its order, right in the stiff directions.
 
     With `x = (t − t_0)/h` it is `y_0 + x h φ_1(xhJ) F + x³ h 2 φ_3(xhJ) a + x⁴ h 6 φ_4(xhJ) b` (with two
-    stages `a = D(y_2)`, and `b` is not there), at the end of the step its result. It needs no further evaluations, since the Krylov spaces are kept.
+    stages `a = D(y_2)`, and `b` is not there), at the end of the step its result. It needs no further evaluations, since
+    the Krylov spaces are kept.
     """
 
     t0: Float[Array, ""]
@@ -98,20 +99,22 @@ class ExponentialRosenbrock(dfx.AbstractAdaptiveSolver):
         a = 8 D(y_2) − D(y_3),         b = 2 D(y_3) − 8 D(y_2),
         y_1 = y_0 + h φ_1(hJ) F + 2h φ_3(hJ) a + 6h φ_4(hJ) b,
 
-    and the last term is the error estimate. With two stages it is the method of order three with an embedded one of order two,
+    and the last term is the error estimate. With two stages it is the method of order three with an embedded one of order
+    two,
 
         y_1 = y_2 + 2h φ_3(hJ) D(y_2),     y_2 = y_0 + h φ_1(hJ) F,
 
-    to which jumps of the vector field within a step do less harm. Only products with `J` are needed, which come from `jax.linearize`: every
-    function of `J` is taken in a Krylov space (Lanczos), so that memory grows linearly with the size of `y`. Where a
-    Krylov space runs full, what it leaves is added to the error estimate and the step controller shortens the step.
+    to which jumps of the vector field within a step do less harm. Only products with `J` are needed, which come from
+    `jax.linearize`: every function of `J` is taken in a Krylov space (Lanczos), so that memory grows linearly with the size
+    of `y`. Where a Krylov space runs full, what it leaves is added to the error estimate and the step controller shortens
+    the step.
 
     **Arguments:**
 
     - `tolerance`: the error of the Krylov spaces, relative to the norm of every leaf of `y`. A tenth to a hundredth of
       the tolerance of the step controller is a good choice.
     - `krylov_size`: the most vectors in a space.
-    - `stages`: three, or two.
+    - `stages`: three for the method of order four, the default, or two for that of order three.
 
     The solver state counts vector fields and products, see `Work`. Derivatives through a solve are not available.
 

@@ -195,8 +195,9 @@ def dependent_units(
 
     Where the lower units of a sample are silent but for those that slide, a unit is at its kink with them, at any weights
     of its own: it has no kink of its own to slide along. Where some of the lower units leave their kinks, by `rises`, it is
-    on one side with them; where all slide, on that of the excursions on which they are pushed, by `pushes`. Its slope is that of this side. Such units are found by other weights: without the lower units near their kinks, their
-    inputs are then next to nothing beside what the excursions make of them.
+    on one side with them; where all slide, on that of the excursions on which they are pushed, by `pushes`. Its slope is
+    that of this side. Such units are found by other weights: without the lower units near their kinks, their inputs are
+    then next to nothing beside what the excursions make of them.
     """
     z = units.preactivations(theta)
     distance = units.distances(z)
