@@ -156,6 +156,7 @@ def slopes_of_step(
     mean_rates = units.rates(theta, sides.frozen, respond(velocity))
     reach = REACH * size * jnp.abs(mean_rates)
     near = _within(distance, reach) | sides.which
+    # Both together: where those that rise decided alone, some flows were caught at kinks of several layers.
     upwards = size * (jnp.maximum(mean_rates, 0) + jnp.maximum(sides.signals * jump, 0))
     depends, risen = dependent_units(units, theta, near, upwards, upwards)
     above = jnp.where(depends, risen, distance) > 0

@@ -43,7 +43,7 @@ MOST_UNITS = 128
 class SlidingWork(NamedTuple):
     """What a solve has spent on kinks, and what it has met there.
 
-    - `gradients`: for slopes and at ends of steps.
+    - `gradients`: for slopes, at ends of steps, and for the forces of units that slide.
     - `products`: with the Hessian, for how units respond to their slopes.
     - `rows`: Jacobians of a single unit on a single sample.
     - `problems`: box problems.
@@ -205,7 +205,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         slid = past.sides.which.reshape(-1)[problem.units]
         work = past.work
         spent = SlidingWork(
-            gradients=work.gradients + passes + 1,
+            gradients=work.gradients + passes + 1 + (0 if isinstance(self.solver, PlateauSolver) else 1),
             products=work.products + products,
             rows=work.rows + passes * jnp.sum(problem.valid),
             problems=work.problems + passes + 1,
