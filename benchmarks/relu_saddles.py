@@ -169,15 +169,19 @@ def longest_later(run: dict) -> float:
 
 
 def notes(runs: list[dict]) -> list[str]:
-    """What the tables say together."""
-    steps = [step for run in runs for step in np.diff(bounds(run, True))]
-    low = [step for run in runs for step in np.diff(bounds(run, False))]
-    count = lambda steps, sign: sum(np.sign(step) == sign for step in steps)  # noqa: E731
-    return [
-        f"From one plateau to the next ({len(steps)} times) the upper bound of the bottleneck rank rises {count(steps, 1)} times, "
-        f"stays {count(steps, 0)} times and falls {count(steps, -1)} times; the lower bound rises {count(low, 1)} times, "
-        f"stays {count(low, 0)} and falls {count(low, -1)}."
-    ]
+    """How the bounds change from one plateau to the next, at each scale."""
+    found = []
+    for scale in dict.fromkeys(run["scale"] for run in runs):
+        group = [run for run in runs if run["scale"] == scale]
+        plateaus = [plateau for run in group for plateau in run["plateaus"]]
+        known = sum(plateau["rank"][0] == plateau["rank"][1] for plateau in plateaus)
+        steps = np.array([step for run in group for step in np.diff(bounds(run, True))])
+        found.append(
+            f"ε = {scale:g}: the bounds agree on {known} of {len(plateaus)} plateaus; of {len(steps)} passages to the next one the "
+            f"upper bound rises by one in {np.sum(steps == 1)}, by more in {np.sum(steps > 1)}, stays in {np.sum(steps == 0)} and "
+            f"falls in {np.sum(steps < 0)}."
+        )
+    return found
 
 
 def figure(runs: list[dict]) -> Figure:
