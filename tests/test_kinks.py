@@ -303,3 +303,13 @@ def test_kinks_within_jit_are_refused_in_words():
     alone = sj.plateau_clock(vee()[0], lambda model: jnp.sum(model.p**2))
     with pytest.raises(ValueError, match="be a saddlejax"):
         sj.SlidingSolver().init(alone.term, 0.0, 1.0, alone.y0, alone.args)
+
+
+def test_solvers_and_tolerances_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="solver must be made for steps along kinks.*at_kinks=True"):
+        sj.SlidingSolver(sj.StiffPlateauSolver(1e-2))
+    with pytest.raises(ValueError, match="at_kinks must be True or False"):
+        sj.StiffPlateauSolver(at_kinks="yes")
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="first_rtol must be positive"):
+            sj.PlateauController(first_rtol=bad)

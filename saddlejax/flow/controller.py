@@ -66,6 +66,8 @@ class PlateauController(dfx.AbstractAdaptiveStepSizeController):
 
     def __check_init__(self) -> None:
         _check.tolerance("rtol", self.rtol)
+        if not self.first_rtol > 0:
+            raise _check.fail("first_rtol", "be positive, or infinite for no bound", self.first_rtol)
 
     def wrap(self, direction: Any) -> "PlateauController":
         """The clock runs forwards only."""

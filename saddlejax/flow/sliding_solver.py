@@ -123,6 +123,10 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
 
     def __check_init__(self) -> None:
         _check.whole_number("most_units", self.most_units)
+        if isinstance(self.solver, StiffPlateauSolver) and not self.solver.at_kinks:
+            raise _check.fail(
+                "solver", "be made for steps along kinks", "a StiffPlateauSolver for smooth models", "Pass it at_kinks=True."
+            )
 
     @property
     def interpolation_cls(self) -> Callable[..., SlidingInterpolation]:  # type: ignore[override]

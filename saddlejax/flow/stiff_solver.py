@@ -105,6 +105,8 @@ class StiffPlateauSolver(dfx.AbstractAdaptiveSolver):
     def __check_init__(self) -> None:
         _check.tolerance("rtol", self.rtol)
         _check.whole_number("krylov_size", self.krylov_size)
+        if not isinstance(self.at_kinks, bool):
+            raise _check.fail("at_kinks", "be True or False", repr(self.at_kinks))
 
     def order(self, terms: Any) -> int:
         """Four, or three at kinks; the error estimate is that of a method whose order is less by one."""
