@@ -306,7 +306,7 @@ def test_kinks_within_jit_are_refused_in_words():
 
 
 def test_solvers_and_tolerances_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="solver must be made for steps along kinks.*at_kinks=True"):
+    with pytest.raises(ValueError, match=r"solver must be made for steps along kinks.*at_kinks=True"):
         sj.SlidingSolver(sj.StiffPlateauSolver(1e-2))
     with pytest.raises(ValueError, match="at_kinks must be True or False"):
         sj.StiffPlateauSolver(at_kinks="yes")

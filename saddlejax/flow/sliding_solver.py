@@ -125,7 +125,10 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         _check.whole_number("most_units", self.most_units)
         if isinstance(self.solver, StiffPlateauSolver) and not self.solver.at_kinks:
             raise _check.fail(
-                "solver", "be made for steps along kinks", "a StiffPlateauSolver for smooth models", "Pass it at_kinks=True."
+                "solver",
+                "be made for steps along kinks",
+                "a StiffPlateauSolver for smooth models",
+                "Pass it at_kinks=True.",
             )
 
     @property
