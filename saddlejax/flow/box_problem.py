@@ -1,71 +1,92 @@
-"""A convex quadratic problem with bounds on every variable, by projected Newton steps."""
+"""A convex quadratic problem with bounds on every variable, by an interior point method."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-MOST_STEPS = 60
-MOST_HALVINGS = 30
+MOST_STEPS = 40
+CONVERGED = 100
+"""The residual at which the search ends, times the rounding of numbers."""
 RIDGE = 50
-CONVERGED = 500
+"""What is added to the diagonal, times its own rounding."""
 NO_VARIABLE = 1e-12
-NEAR_BOUND = 1e-3
+"""Variables whose diagonal is smaller than this part of the largest have no part in the problem."""
+TO_BOUND = 0.995
+"""The part of the way to the nearest bound that a step goes at most."""
 
 
-def solve_box(
-    matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Float[Array, " n"], start: Float[Array, " n"]
-) -> Float[Array, " n"]:
-    """The minimum of `½ xᵀKx − cᵀx` over `0 ≤ x ≤ top`, with a positive semidefinite `K`.
+class InteriorPoint(NamedTuple):
+    """A point between the bounds 0 and 1, with the multipliers of both.
 
-    Projected Newton steps (Bertsekas, SIAM J. Control Optim. 20, 1982) in variables in which the diagonal of `K` is one.
-    A variable whose row vanishes, or whose bound is zero, is zero. The search ends where the projected gradient is nothing
-    but rounding, or where no step lowers the function.
+    - `residual`: how far the conditions of the minimum are from being met.
     """
-    eps = jnp.finfo(linear.dtype).eps
-    diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0))
-    counts = (diagonal > NO_VARIABLE * jnp.max(diagonal)) & (top > 0)
-    scale = jnp.where(counts, diagonal, 1)
-    both = counts[:, None] & counts[None, :]
-    scaled = jnp.where(both, matrix / (scale[:, None] * scale[None, :]), 0)
-    scaled = scaled + jnp.diag(jnp.where(counts, RIDGE * eps, 1))
-    c, ends = jnp.where(counts, linear / scale, 0), jnp.where(counts, top * scale, 0)
+
+    x: Float[Array, " n"]
+    low: Float[Array, " n"]
+    high: Float[Array, " n"]
+    residual: Float[Array, ""]
+    steps: Int[Array, ""]
+
+
+def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The minimum of `½ xᵀKx − cᵀx` over `0 ≤ x ≤ top`, with a positive semidefinite `K`, which may be singular.
+
+    A predictor and corrector method (Mehrotra, SIAM J. Optim. 2, 1992) in variables that run from zero to one. A variable
+    whose row vanishes, or whose bound is zero, is zero. At the end those whose multiplier is larger than their distance
+    from the bound are on it.
+    """
+    diagonal = jnp.diagonal(matrix)
+    counts = (diagonal > NO_VARIABLE**2 * jnp.max(diagonal)) & (top > 0)
+    ends = jnp.where(counts, top, 0)
+    scaled = ends[:, None] * matrix * ends[None, :]
+    c = jnp.where(counts, linear * ends, 0)
     size = jnp.max(jnp.abs(c))
+    size = jnp.where(size > 0, size, 1)
+    eps = jnp.finfo(c.dtype).eps
+    scaled = scaled / size + jnp.diag(jnp.where(counts, RIDGE * eps * jnp.diagonal(scaled) / size, 1))
+    c = jnp.where(counts, c / size, 0.5)
 
     def slope(x: Array) -> Array:
         return jnp.matmul(scaled, x, precision="highest") - c
 
-    def projected(x: Array, g: Array) -> Array:
-        return jnp.max(jnp.abs(jnp.clip(x - g, 0, ends) - x))
+    def gap(x: Array, low: Array, high: Array) -> Array:
+        return jnp.mean(x * low + (1 - x) * high) / 2
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
-        _, steps, done = carry
-        return ~done & (steps < MOST_STEPS)
+    def unfinished(at: InteriorPoint) -> Bool[Array, ""]:
+        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps)
 
-    def newton(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        x, steps, _ = carry
+    def once_more(at: InteriorPoint) -> InteriorPoint:
+        x, low, high, up = at.x, at.low, at.high, 1 - at.x
+        factors = jax.scipy.linalg.lu_factor(scaled + jnp.diag(low / x + high / up))
         g = slope(x)
-        near = jnp.minimum(jnp.minimum(projected(x, g), NEAR_BOUND * jnp.max(ends)), ends / 2)
-        held = ((x <= near) & (g > 0)) | ((x >= ends - near) & (g < 0)) | ~counts
-        free = ~held[:, None] & ~held[None, :]
-        system = jnp.where(free, scaled, 0) + jnp.diag(jnp.where(held, 1, 0).astype(x.dtype))
-        step = -jnp.where(held, g, jnp.linalg.solve(system, jnp.where(held, 0, g)))
 
-        def change(share: Array) -> tuple[Array, Array]:
-            moved = jnp.clip(x + share * step, 0, ends) - x
-            return moved, jnp.dot(g + 0.5 * jnp.matmul(scaled, moved, precision="highest"), moved, precision="highest")
+        def direction(at_low: Array, at_high: Array) -> tuple[Array, Array, Array]:
+            dx = jax.scipy.linalg.lu_solve(factors, at_low / x - at_high / up - g)
+            return dx, (at_low - low * dx) / x - low, (at_high + high * dx) / up - high
 
-        def too_long(carry: tuple[Array, Array]) -> Bool[Array, ""]:
-            share, halvings = carry
-            return ~(change(share)[1] < 0) & (halvings < MOST_HALVINGS)
+        def longest(dx: Array, dlow: Array, dhigh: Array) -> Array:
+            room = [
+                jnp.where(d < 0, -v / jnp.where(d < 0, d, 1), jnp.inf)
+                for v, d in ((x, dx), (up, -dx), (low, dlow), (high, dhigh))
+            ]
+            return jnp.minimum(1, TO_BOUND * jnp.min(jnp.stack(room)))
 
-        share, halvings = jax.lax.while_loop(
-            too_long, lambda carry: (0.5 * carry[0], carry[1] + 1), (jnp.ones_like(size), jnp.asarray(0))
-        )
-        lowered = halvings < MOST_HALVINGS
-        x = jnp.where(lowered, x + change(share)[0], x)
-        return x, steps + 1, ~lowered | (projected(x, slope(x)) <= CONVERGED * eps * size)
+        dx, dlow, dhigh = direction(jnp.zeros_like(x), jnp.zeros_like(x))
+        share = longest(dx, dlow, dhigh)
+        now = gap(x, low, high)
+        aim = now * (gap(x + share * dx, low + share * dlow, high + share * dhigh) / now) ** 3
+        step = direction(aim - dx * dlow, aim + dx * dhigh)
+        share = longest(*step)
+        x, low, high = (v + share * d for v, d in zip((x, low, high), step, strict=True))
+        residual = jnp.maximum(gap(x, low, high), jnp.max(jnp.abs(slope(x) - low + high)))
+        return InteriorPoint(x, low, high, residual, at.steps + 1)
 
-    x = jnp.clip(jnp.where(counts, start * scale, 0), 0, ends)
-    done = projected(x, slope(x)) <= CONVERGED * eps * size
-    x, _, _ = jax.lax.while_loop(unfinished, newton, (x, jnp.asarray(0), done))
-    return jnp.where(counts, x / scale, 0)
+    x = jnp.full_like(c, 0.5)
+    g = slope(x)
+    low, high = jnp.maximum(g, 0) + 1, jnp.maximum(-g, 0) + 1
+    start = InteriorPoint(x, low, high, jnp.full_like(size, jnp.inf), jnp.asarray(0))
+    found = jax.lax.while_loop(unfinished, once_more, start)
+    x = jnp.where(found.low > found.x, 0, jnp.where(found.high > 1 - found.x, 1, found.x))
+    return x * ends

@@ -20,7 +20,9 @@ from .coordinates import to_coordinates
 from .exponential import relative_to_leaves
 from .field import PlateauField
 from .memory import remember
-from .sliding import MOST_PASSES, Response, Sides, sides_at, sliding_after, slopes_of_step
+from .sides import PASSES, Sides, sides_at
+from .sliding import sliding_after, slopes_of_step
+from .sliding_problem import Response
 from .solvers import PlateauSolver
 from .state import ClockState, Memory
 from .stiff_solver import KRYLOV_SHARE_AT_KINKS, StiffPlateauSolver
@@ -36,7 +38,7 @@ ROUNDING_OF_SLOPES = 0.75
 """The power of the rounding of numbers that is the rounding of slopes at kinks."""
 LARGEST_GAIN = 4.0
 """The most that a response grows over a step; where it would be more the step is too long."""
-MOST_UNITS = 128
+MOST_UNITS = 256
 """How many units take part in a step by default."""
 
 
@@ -109,8 +111,9 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
 
     - `solver`: takes the steps of the smooth field: a [`saddlejax.PlateauSolver`][], or a
       [`saddlejax.StiffPlateauSolver`][] with `at_kinks=True`.
-    - `most_units`: how many units may take part in a step; they need a row of the size of the parameters each, and a matrix
-      among themselves. Where more come near their kinks, those whose gradients jump most do.
+    - `most_units`: how many units may take part in a step, but for small problems no more than an eighth of all, or 128;
+      they need a row of the size of the parameters each, and a matrix among themselves. Where more come near their kinks,
+      those whose gradients jump most do.
 
     For models on a [`saddlejax.Task`][] in which kinks are known, see [`saddlejax.kinked`][]. Derivatives through a solve
     are not available. Source of the velocity at kinks: A. F. Filippov, Differential Equations with Discontinuous Righthand
@@ -147,7 +150,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         with jax.default_matmul_precision("highest"):
             _, _, sides = sides_at(units, theta, self.most_units)
         zero = jnp.asarray(0)
-        work = SlidingWork(zero + 2 * MOST_PASSES + 2, zero, zero, zero + MOST_PASSES, zero, zero)
+        work = SlidingWork(zero + 2 * PASSES + 2, zero, zero, zero + PASSES, zero, zero)
         return SlidingState(self.solver.init(terms, t0, t1, y0, args), sides, work)
 
     def func(self, terms: Any, t0: Any, y0: ClockState, args: PlateauField) -> ClockState:
@@ -219,7 +222,13 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
             most=jnp.maximum(work.most, wanted),
             repelling=work.repelling + jnp.sum(problem.repelling(shares, slid)),
         )
-        return new, error, dense, SlidingState(inner, Sides(which, held.which, held.shares, signals, z), spent), result
+        return (
+            new,
+            error,
+            dense,
+            SlidingState(inner, Sides(which, held.which, held.shares, held.forces, signals, z), spent),
+            result,
+        )
 
     def _response(
         self, units: KinkedUnits, theta: Array, sides: Sides, velocity: Array, size: Array

@@ -18,7 +18,10 @@ from ..tasks.task import Task
 OTHER_WEIGHTS = 0.5
 """The relative size of a random change of the weights."""
 NEGLIGIBLE = 1e-4
-"""How small the rest of the inputs of a unit is beside what lower units at their kinks give it, for it to depend on these."""
+"""How small the rest of the inputs of a unit is beside what a little of lower units at their kinks gives it, for it to depend on these."""
+
+LITTLE = 1e-2
+"""How far a unit is above its kink where it is so a little, times the root of the rounding of the largest pre-activation."""
 
 OutputsOf = Callable[[Activation, Kinks, Float[Array, "samples units"], slice], Float[Array, "samples units"]]
 """What the units of one place put out, from its activation, its kinks, its pre-activations, and which units it has."""
@@ -30,11 +33,17 @@ class Frozen(NamedTuple):
     - `which`: which units those are.
     - `shares`: where between the two slopes at its kink that of a unit lies, 0 below and 1 above.
     - `anchor`: the pre-activations from where the outputs are continued with these slopes; None for where the units are.
+    - `forces`: what the loss has in addition, times the pre-activations relative to the anchor.
     """
 
     which: Bool[Array, "samples units"]
     shares: Float[Array, "samples units"]
     anchor: Float[Array, "samples units"] | None
+    forces: Float[Array, "samples units"]
+
+    def work(self, z: Float[Array, "samples units"]) -> Float[Array, ""]:
+        """What the forces add to the loss."""
+        return jnp.sum(self.forces * (z - (jax.lax.stop_gradient(z) if self.anchor is None else self.anchor)))
 
 
 class FrozenObjective(AbstractObjective):
@@ -48,8 +57,8 @@ class FrozenObjective(AbstractObjective):
     frozen: Frozen
 
     def loss(self, model: PyTree) -> Float[Array, ""]:
-        found, _ = seen(model, self.objective.task.x, frozen_outputs(self.frozen))
-        return self.objective.task.mean_loss(found)
+        outputs, z = seen(model, self.objective.task.x, frozen_outputs(self.frozen))
+        return self.objective.task.mean_loss(outputs) + self.frozen.work(z)
 
     def plateau(self) -> Float[Array, ""]:
         return self.objective.plateau()
@@ -95,6 +104,28 @@ def frozen_outputs(frozen: Frozen, push: Float[Array, "samples units"] | None = 
     return outputs_of
 
 
+class Heights(NamedTuple):
+    """How far above their kinks units are, whatever their weights make of their inputs.
+
+    - `which`: of which units it is said; `above`: how far.
+    """
+
+    which: Bool[Array, "samples units"]
+    above: Float[Array, "samples units"]
+
+    def outputs(self, activation: Activation, kinks: Kinks, z: Array, units: slice) -> Array:
+        """The outputs of units of one place."""
+        kink = z - kinks.distance(z)
+        high = activation(kink) + kinks.slope(z, jnp.ones_like(z)) * self.above[:, units]
+        return jnp.where(self.which[:, units], high, activation(z))
+
+
+def little(z: Float[Array, "samples units"]) -> Float[Array, ""]:
+    """How far a unit is above its kink where it is so a little."""
+    numbers = jnp.finfo(z.dtype)
+    return jnp.maximum(jnp.sqrt(numbers.eps) * LITTLE * jnp.max(jnp.abs(z)), jnp.sqrt(numbers.tiny))
+
+
 class KinkedUnits(eqx.Module):
     """The units with kinks of a model on a task, all samples together, as functions of the parameters as one vector."""
 
@@ -124,7 +155,8 @@ class KinkedUnits(eqx.Module):
 
     def loss(self, theta: Float[Array, " parameters"], frozen: Frozen) -> Float[Array, ""]:
         """The loss with some slopes frozen."""
-        return self.task.mean_loss(seen(self.model(theta), self.task.x, frozen_outputs(frozen))[0])
+        outputs, z = seen(self.model(theta), self.task.x, frozen_outputs(frozen))
+        return self.task.mean_loss(outputs) + frozen.work(z)
 
     def gradient(
         self, theta: Float[Array, " parameters"], frozen: Frozen
@@ -135,7 +167,7 @@ class KinkedUnits(eqx.Module):
 
         def loss(theta: Array, push: Array) -> tuple[Array, Array]:
             outputs, z = seen(self.model(theta), self.task.x, frozen_outputs(frozen, push))
-            return self.task.mean_loss(outputs), z
+            return self.task.mean_loss(outputs) + frozen.work(z), z
 
         both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, z), (slopes, signals) = both(theta, jnp.zeros_like(frozen.shares))
@@ -162,6 +194,34 @@ class KinkedUnits(eqx.Module):
 
         return jax.vmap(row)(which)
 
+    def own_signals(
+        self,
+        theta: Float[Array, " parameters"],
+        frozen: Frozen,
+        depends: Bool[Array, "samples units"],
+        heights: Heights,
+        which: Int[Array, " some"],
+    ) -> Float[Array, " some"]:
+        """The signals at the outputs of units, each while it alone is a little higher than `heights` has it.
+
+        They differ from those of [`gradient`][] where units depend on it: these are then on the side to which it moves them.
+        """
+        model, units = self.model(theta), frozen.shares.shape[1]
+        outputs, z = seen(model, self.task.x, frozen_outputs(frozen))
+        pulls = jax.grad(self.task.mean_loss)(outputs)
+
+        def signal(index: Array) -> Array:
+            sample, unit = index // units, index % units
+            here = self.task.x, frozen, depends, heights, pulls
+            x, held, dependent, high, pull = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, sample, 1), here)
+            risen = Heights(high.which & ~dependent, high.above.at[0, unit].add(little(z)))
+            above = self.distances(seen(model, x, risen.outputs)[1]) > 0
+            held = held._replace(shares=jnp.where(dependent, above.astype(z.dtype), held.shares))
+            pulled = lambda push: jnp.sum(pull * seen(model, x, frozen_outputs(held, push))[0])  # noqa: E731
+            return jax.grad(pulled)(jnp.zeros_like(held.shares))[0, unit]
+
+        return jax.vmap(signal)(which)
+
     def _by_place(
         self, z: Float[Array, "samples units"], function: Callable[[Kinks, Array], Array]
     ) -> Float[Array, "samples units"]:
@@ -187,39 +247,37 @@ def places_of(model: PyTree, task: Task) -> list[tuple[Kinks, slice]]:
 def dependent_units(
     units: KinkedUnits,
     theta: Float[Array, " parameters"],
-    near: Bool[Array, "samples units"],
-    rises: Float[Array, "samples units"],
+    heights: Heights,
+    stays: Bool[Array, "samples units"],
     pushes: Float[Array, "samples units"],
-) -> tuple[Bool[Array, "samples units"], Float[Array, "samples units"]]:
-    """Units whose inputs come from lower units near their kinks, and how far above its kink each is when these rise.
+) -> tuple[Bool[Array, "samples units"], Bool[Array, "samples units"]]:
+    """Units whose inputs come from lower units at their kinks, and whether each is above its kink when these rise.
 
     Where the lower units of a sample are silent but for those that slide, a unit is at its kink with them, at any weights
-    of its own: it has no kink of its own to slide along. Where some of the lower units leave their kinks, by `rises`, it is
-    on one side with them; where all slide, on that of the excursions on which they are pushed, by `pushes`. Its slope is
-    that of this side. Such units are found by other weights: without the lower units near their kinks, their inputs are
-    then next to nothing beside what the excursions make of them.
+    of its own: it has no kink of its own to slide along. Where some of the lower units leave their kinks, for `heights`,
+    it is on one side with them; where all slide, on that of the excursions on which they are pushed, by `pushes`. Such
+    units are found by other weights: without the lower units at their kinks, all in `heights` but those that `stay` above
+    them, their inputs are then next to nothing beside what the excursions make of them.
     """
     z = units.preactivations(theta)
     distance = units.distances(z)
     if len(units.places()) < 2:
-        return jnp.zeros_like(near), distance
+        return jnp.zeros_like(stays), distance > 0
     others = theta * (1 + OTHER_WEIGHTS * jax.random.normal(jax.random.key(0), theta.shape, theta.dtype))
 
     def without_near(activation: Activation, kinks: Kinks, new: Array, which: slice) -> Array:
         own = z[:, which]
         value, slope = jax.jvp(activation, (own,), (jnp.ones_like(own),))
         at_kink = activation(own - kinks.distance(own))
-        return jnp.where(near[:, which], at_kink, value + slope * (new - own))
-
-    def after(upwards: Array) -> Array:
-        def rising(activation: Activation, kinks: Kinks, new: Array, which: slice) -> Array:
-            rise = kinks.slope(new, jnp.ones_like(new)) * upwards[:, which]
-            return activation(new) + jnp.where(near[:, which], rise, 0)
-
-        return units.distances(seen(units.model(theta), units.task.x, rising)[1])
+        return jnp.where((heights.which & ~stays)[:, which], at_kink, value + slope * (new - own))
 
     rest = units.distances(seen(units.model(others), units.task.x, without_near)[1])
-    left, pushed = after(rises), after(pushes)
-    risen = jnp.where(left != distance, left, pushed)
-    moved = jnp.abs(risen - distance)
-    return (jnp.abs(rest) <= NEGLIGIBLE * moved) & (moved > 0), risen
+    silent = jnp.abs(rest) <= NEGLIGIBLE * little(z)
+
+    def after(above: Array) -> Array:
+        high = Heights(heights.which & ~silent, above)
+        return units.distances(seen(units.model(theta), units.task.x, high.outputs)[1])
+
+    pushed = little(z) * pushes / jnp.maximum(jnp.max(pushes), jnp.finfo(z.dtype).tiny)
+    before, risen = after(jnp.zeros_like(z)), after(heights.above + pushed)
+    return silent & (risen != before), risen > 0
