@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MOST_STEPS = 40
-CONVERGED = 4
-"""The residual at which the search ends, times the rounding of the slopes."""
+CONVERGED = 100
+"""The residual at which the search ends, times the rounding of numbers."""
 RIDGE = 50
 """What is added to the diagonal, times its own rounding."""
 NO_VARIABLE = 1e-12
@@ -47,7 +47,6 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
     eps = jnp.finfo(c.dtype).eps
     scaled = scaled / size + jnp.diag(jnp.where(counts, RIDGE * eps * jnp.diagonal(scaled) / size, 1))
     c = jnp.where(counts, c / size, 0.5)
-    largest = jnp.maximum(jnp.max(jnp.sum(jnp.abs(scaled), axis=1)), 1)
 
     def slope(x: Array) -> Array:
         return jnp.matmul(scaled, x, precision="highest") - c
@@ -56,7 +55,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         return jnp.mean(x * low + (1 - x) * high) / 2
 
     def unfinished(at: InteriorPoint) -> Bool[Array, ""]:
-        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps * largest)
+        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps)
 
     def once_more(at: InteriorPoint) -> InteriorPoint:
         x, low, high, up = at.x, at.low, at.high, 1 - at.x
@@ -82,10 +81,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         share = longest(*step)
         x, low, high = (v + share * d for v, d in zip((x, low, high), step, strict=True))
         residual = jnp.maximum(gap(x, low, high), jnp.max(jnp.abs(slope(x) - low + high)))
-        new = InteriorPoint(x, low, high, residual, at.steps + 1)
-        # Beyond what rounding allows, the point before is the best there is.
-        sound, last = jnp.isfinite(residual), at._replace(steps=jnp.asarray(MOST_STEPS))
-        return jax.tree.map(lambda new, last: jnp.where(sound, new, last), new, last)
+        return InteriorPoint(x, low, high, residual, at.steps + 1)
 
     x = jnp.full_like(c, 0.5)
     g = slope(x)
