@@ -18,6 +18,7 @@ class Sides(NamedTuple):
     """What is known of the units at an accepted state.
 
     - `which`: those that slide; `held`: these, and units that depend on them; `shares`: between the slopes of their two sides.
+    - `forces`: on their pre-activations, for units that put those above them on other sides than these are held on.
     - `signals`: `∂𝓛/∂h` at the outputs of all units; `z`: their pre-activations.
     """
 

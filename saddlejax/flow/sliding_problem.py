@@ -12,10 +12,10 @@ whose optimality conditions are those of reaching the kink at the end of the ste
 it. `R` is how parameters respond to a constant force over the step, relative to `h`: one for explicit steps, `φ_1(hA)` for
 exponential ones with the Jacobian `A`. Units that pass through their kink get the share of the step that they spend above it.
 
-Where a unit is the only one through which a sample reaches the units above it, these are at zero with it whatever their
-own weights (see `dependent_units`), and each of its excursions above the kink puts them on the sides to which it moves them. With other
-lower units of the same sample these sides are others, so each has its own signal `σ`, from its own excursions, while the
-smooth field of a step knows one side of every unit. The difference is a force on the pre-activation.
+Where all lower units of a sample are silent but for those at their kinks, the units above are at zero with them (see
+`dependent_units`), and each excursion of a lower unit puts these on the sides to which it moves them. The sides differ
+from one lower unit to another, so each has its own signal `σ`, while the smooth field of a step knows one side of every
+unit. The difference is a force on the pre-activation.
 """
 
 from collections.abc import Callable
