@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MOST_STEPS = 40
-CONVERGED = 100
-"""The residual at which the search ends, times the rounding of numbers."""
+CONVERGED = 4
+"""The residual at which the search ends, times the rounding of the slopes."""
 RIDGE = 50
 """What is added to the diagonal, times its own rounding."""
 NO_VARIABLE = 1e-12
 """Variables whose diagonal is smaller than this part of the largest have no part in the problem."""
+MUCH_LESS = 1e-2
+"""How much less the conditions of the minimum are violated by a point that is taken for exact."""
 TO_BOUND = 0.995
 """The part of the way to the nearest bound that a step goes at most."""
 
@@ -47,6 +49,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
     eps = jnp.finfo(c.dtype).eps
     scaled = scaled / size + jnp.diag(jnp.where(counts, RIDGE * eps * jnp.diagonal(scaled) / size, 1))
     c = jnp.where(counts, c / size, 0.5)
+    largest = jnp.maximum(jnp.max(jnp.sum(jnp.abs(scaled), axis=1)), 1)
 
     def slope(x: Array) -> Array:
         return jnp.matmul(scaled, x, precision="highest") - c
@@ -55,7 +58,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         return jnp.mean(x * low + (1 - x) * high) / 2
 
     def unfinished(at: InteriorPoint) -> Bool[Array, ""]:
-        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps)
+        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps * largest)
 
     def once_more(at: InteriorPoint) -> InteriorPoint:
         x, low, high, up = at.x, at.low, at.high, 1 - at.x
@@ -81,7 +84,10 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         share = longest(*step)
         x, low, high = (v + share * d for v, d in zip((x, low, high), step, strict=True))
         residual = jnp.maximum(gap(x, low, high), jnp.max(jnp.abs(slope(x) - low + high)))
-        return InteriorPoint(x, low, high, residual, at.steps + 1)
+        new = InteriorPoint(x, low, high, residual, at.steps + 1)
+        # Beyond what rounding allows, the point before is the best there is.
+        sound, last = jnp.isfinite(residual), at._replace(steps=jnp.asarray(MOST_STEPS))
+        return jax.tree.map(lambda new, last: jnp.where(sound, new, last), new, last)
 
     x = jnp.full_like(c, 0.5)
     g = slope(x)
@@ -89,4 +95,15 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
     start = InteriorPoint(x, low, high, jnp.full_like(size, jnp.inf), jnp.asarray(0))
     found = jax.lax.while_loop(unfinished, once_more, start)
     x = jnp.where(found.low > found.x, 0, jnp.where(found.high > 1 - found.x, 1, found.x))
-    return x * ends
+    # Where the slope vanishes at a bound too, the search comes there only as the root of the gap: once more for all in between.
+    free = (x > 0) & (x < 1)
+    ridge = jnp.where(free, jnp.sqrt(eps) * jnp.diagonal(scaled), 1)
+    among = jnp.where(free[:, None] & free[None, :], scaled, 0) + jnp.diag(ridge)
+    exact = jnp.clip(x - jnp.linalg.solve(among, jnp.where(free, slope(x), 0)), 0, 1)
+    better = _violation(exact, slope(exact)) < MUCH_LESS * _violation(x, slope(x))
+    return jnp.where(better, exact, x) * ends
+
+
+def _violation(x: Float[Array, " n"], slope: Float[Array, " n"]) -> Float[Array, ""]:
+    """How far a point between 0 and 1 is from being stationary: the largest step down the slope that the bounds allow."""
+    return jnp.max(jnp.abs(jnp.clip(x - slope, 0, 1) - x))

@@ -187,17 +187,21 @@ def summary(
 ) -> Stretch:
     """The stretch that begins at a state and ends with a solve, after so many attempts."""
     field, after = clock.args, place_after(solution)
-    moving = least_motion(field, after.state.vector) if steps.slides else field.motion(after.state.vector)
+    inner = after.solver_state.inner if save.times is not None else after.solver_state
+    moving = field.motion(after.state.vector)
+    if steps.slides:
+        moving = least_motion(field, after.state.vector, inner.sides.which)
     end = eqx.tree_at(lambda y: y.rate, after.state, moving)
     # A loop over the two, so that a row is compiled once.
     outer = jax.lax.map(lambda y: row(save, field, y), jax.tree.map(lambda *two: jnp.stack(two), state, end))
     first, last = (jax.tree.map(lambda a, n=n: a[n], outer) for n in (0, 1))
-    inner, max_steps = after.solver_state, steps.max_steps
+    max_steps = steps.max_steps
     rows, row_steps, for_rows = None, None, jnp.asarray(1)
     if save.times is not None:
-        later = inner.rows.log_time > field.log_time(end)
-        rows, row_steps = _blank(inner.rows, later), jnp.where(later, -1, inner.steps)
-        for_rows, inner = inner.count, inner.inner
+        of_rows = after.solver_state
+        later = of_rows.rows.log_time > field.log_time(end)
+        rows, row_steps = _blank(of_rows.rows, later), jnp.where(later, -1, of_rows.steps)
+        for_rows = of_rows.count
     elif save.steps:
         assert solution.ys is not None
         index = jnp.arange(max_steps)

@@ -36,15 +36,20 @@ class Sides(NamedTuple):
 
 
 def sides_at(
-    units: KinkedUnits, theta: Float[Array, " parameters"], most: int
+    units: KinkedUnits,
+    theta: Float[Array, " parameters"],
+    most: int,
+    slides: Bool[Array, "samples units"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " parameters"], Sides]:
     """The loss, the element of least norm of its Clarke subdifferential at given parameters, and the units there.
 
-    Units count as at their kinks where they are within rounding of the pre-activations.
+    Units count as at their kinks where they are within rounding of the pre-activations, or where a step has found that they
+    slide along them (`slides`).
     """
     z = units.preactivations(theta)
     distance, jump = units.distances(z), units.jumps(z)
     near = jnp.abs(distance) <= little(z)
+    near = near if slides is None else near | slides
     nothing, none = jnp.zeros_like(z), jnp.zeros_like(near)
     half = Frozen(near, jnp.full_like(z, 0.5), None, nothing)
     # A unit all of whose inputs are zero is at its kink whatever its weights, and has no slope to find.

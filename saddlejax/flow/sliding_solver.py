@@ -9,7 +9,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _check
 from .._numerics import safe_norm
@@ -26,7 +26,7 @@ from .sliding_problem import Response
 from .solvers import PlateauSolver
 from .state import ClockState, Memory
 from .stiff_solver import KRYLOV_SHARE_AT_KINKS, StiffPlateauSolver
-from .units import FrozenObjective, KinkedUnits
+from .units import Frozen, FrozenObjective, KinkedUnits
 
 RESPONSE_SIZE = 16
 """The most vectors in the Krylov space of the response to slopes."""
@@ -210,7 +210,7 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         # In the coordinates of the end of the inner step, in which the interpolation is.
         shifted = layout.join(after._replace(coordinates=after.coordinates.shift(change)))
         dense = {"within": within, "correction": shifted - y1.vector, "memory": memory}
-        of_kinks = _relative(change, reached, shapes)
+        of_kinks = _relative(change, theta, reached, shapes)
         error = eqx.tree_at(lambda y: y.error, error, jnp.maximum(error.error, of_kinks))
         slid = past.sides.which.reshape(-1)[problem.units]
         work = past.work
@@ -264,12 +264,22 @@ class SlidingSolver(dfx.AbstractAdaptiveSolver):
         return lambda force: outside * force + jnp.matmul(jnp.matmul(force, basis.T) * inside, basis), found.used + 1
 
 
-def least_motion(field: PlateauField, vector: Float[Array, " state"]) -> Float[Array, " state"]:
-    """The rate of a state along the element of least norm of the Clarke subdifferential."""
-    units = _units(field)
-    theta = field.layout.shapes.join(field.layout.split(vector).coordinates.arrays())
+def least_motion(
+    field: PlateauField, vector: Float[Array, " state"], slides: Bool[Array, "samples units"]
+) -> Float[Array, " state"]:
+    """The rate of a state along the element of least norm of the Clarke subdifferential.
+
+    At their kinks are the units that slide, and those that come there within the rounding of the time.
+    """
+    units, here = _units(field), field.layout.split(vector)
+    theta = field.layout.shapes.join(here.coordinates.arrays())
     with jax.default_matmul_precision("highest"):
-        loss, slopes, _ = sides_at(units, theta, MOST_UNITS)
+        nothing = jnp.zeros(slides.shape, theta.dtype)
+        smooth = Frozen(jnp.zeros_like(slides), nothing, None, nothing)
+        _, slopes, _, z = units.gradient(theta, smooth)
+        rounding = jnp.finfo(theta.dtype).eps * here.time * jnp.exp(field.log_time_unit)
+        arrives = jnp.abs(units.distances(z)) <= rounding * jnp.abs(units.rates(theta, smooth, slopes))
+        loss, slopes, _ = sides_at(units, theta, MOST_UNITS, slides | arrives)
         return field.motion_along(vector, loss, slopes)
 
 
@@ -305,7 +315,11 @@ def _units(field: PlateauField) -> KinkedUnits:
     return units
 
 
-def _relative(change: Array, theta: Array, shapes: GroupShapes) -> Float[Array, ""]:
-    """The largest of a change relative to its group."""
-    parts = zip(shapes.split(change), shapes.split(theta), strict=True)
-    return jnp.max(jnp.stack([safe_norm(c) / jnp.maximum(safe_norm(t), jnp.finfo(t.dtype).tiny) for c, t in parts]))
+def _relative(change: Array, before: Array, after: Array, shapes: GroupShapes) -> Float[Array, ""]:
+    """The largest of a change relative to its group, which may end at zero."""
+    least = jnp.finfo(change.dtype).tiny
+    sizes = (
+        jnp.maximum(safe_norm(b), safe_norm(a)) for b, a in zip(shapes.split(before), shapes.split(after), strict=True)
+    )
+    parts = zip(shapes.split(change), sizes, strict=True)
+    return jnp.max(jnp.stack([safe_norm(part) / jnp.maximum(size, least) for part, size in parts]))
