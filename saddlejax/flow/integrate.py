@@ -188,10 +188,13 @@ def summary(
     """The stretch that begins at a state and ends with a solve, after so many attempts."""
     field, after = clock.args, place_after(solution)
     inner = after.solver_state.inner if save.times is not None else after.solver_state
-    moving = field.motion(after.state.vector)
-    if steps.slides:
-        moving = least_motion(field, after.state.vector, inner.sides.which)
-    end = eqx.tree_at(lambda y: y.rate, after.state, moving)
+    if not steps.slides:
+        moving = last_moving = field.motion(after.state.vector)
+    else:
+        # A flow that goes on finds out what slides; one that ends here knows it from its last step.
+        slides = jnp.stack([jnp.zeros_like(inner.sides.which), inner.sides.which])
+        moving, last_moving = jax.lax.map(lambda which: least_motion(field, after.state.vector, which), slides)
+    goes_on, end = (eqx.tree_at(lambda y: y.rate, after.state, rate) for rate in (moving, last_moving))
     # A loop over the two, so that a row is compiled once.
     outer = jax.lax.map(lambda y: row(save, field, y), jax.tree.map(lambda *two: jnp.stack(two), state, end))
     first, last = (jax.tree.map(lambda a, n=n: a[n], outer) for n in (0, 1))
@@ -229,7 +232,7 @@ def summary(
         again = attempts if steps.explicit is not None else 0
         gradients, products = gradients + again + kinks.gradients, products + kinks.products
     return Stretch(
-        state=end,
+        state=goes_on,
         first=first,
         last=last,
         rows=rows,
