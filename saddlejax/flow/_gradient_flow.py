@@ -19,7 +19,7 @@ from ..networks.network import AbstractNetwork
 from ..parameters import Parameters, Trainable
 from ..tasks.task import Task
 from .assemble import record
-from .changing import STIFF_STEPS, follow_on, stopped_for_other_steps
+from .changing import STIFF_STEPS, follow, follow_on, stopped_for_other_steps
 from .integrate import Integration, integrate
 from .memory import smallest_share
 from .plan import FlowOptions, checked_options, in_one_precision, kinked
@@ -101,7 +101,12 @@ def gradient_flow(
     if chooses:
         options = options._replace(steps=dataclasses.replace(options.steps, patience=jnp.asarray(float(STIFF_STEPS))))
     try:
-        if alone and (options.steps.explicit is None or slides):
+        if chooses and slides:
+            # Explicit steps are taken again later on: in the same program as the first ones.
+            plan = in_one_precision(model, task, trainable, options)
+            found, stretches = follow(plan)
+            flow = record(plan, found, stretches)
+        elif alone and (options.steps.explicit is None or slides):
             # Its small eigenproblems would have threads of the linear algebra wait for each other, for most of the time.
             with one_blas_thread():
                 flow, found = jax.block_until_ready(_run(model, task, trainable, options))
@@ -118,7 +123,7 @@ def gradient_flow(
             "lambda z: jnp.maximum(z, 0), whose kinks are then not followed.",
         ) from error
     if _check.is_concrete(found):
-        if chooses and stopped_for_other_steps(found.stretch):
+        if chooses and not slides and stopped_for_other_steps(found.stretch):
             plan = in_one_precision(model, task, trainable, options)
             found, stretches = follow_on(plan, found)
             flow = record(plan, found, stretches)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._host.threads import one_blas_thread
 from .integrate import Integration, Stretch, stretch
-from .outcome import Begin, clock_from, conclude
+from .outcome import Begin, begin, clock_from, conclude
 from .plan import SMOOTH_RTOL, STIFF_RTOL, FlowPlan
 from .state import ClockState
 from .status import Status
@@ -25,6 +25,17 @@ LARGEST_STIFF_RTOL = 0.1
 def _go_on(plan: FlowPlan, first: Begin, state: ClockState) -> tuple[Stretch, Status, Float[Array, ""]]:
     found = stretch(clock_from(plan.problem, first), state, plan.until, plan.save, plan.steps, "lax")
     return found, *conclude(plan.problem, first, plan.until, found.state, found.ends, found.stuck)
+
+
+_begin = eqx.filter_jit(begin)
+
+
+def follow(plan: FlowPlan) -> tuple[Integration, list[Stretch]]:
+    """Follow a flow from its start, by whichever kind of step it asks for."""
+    first = _begin(plan.problem, plan.until)
+    with one_blas_thread():
+        found, status, log_time = jax.block_until_ready(_go_on(plan, first, first.state))
+    return follow_on(plan, Integration(first, found, status, log_time))
 
 
 def follow_on(plan: FlowPlan, found: Integration) -> tuple[Integration, list[Stretch]]:
