@@ -36,8 +36,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
     """The minimum of `½ xᵀKx − cᵀx` over `0 ≤ x ≤ top`, with a positive semidefinite `K`, which may be singular.
 
     A predictor and corrector method (Mehrotra, SIAM J. Optim. 2, 1992) in variables that run from zero to one. A variable
-    whose row vanishes, or whose bound is zero, is zero. At the end those whose multiplier is larger than their distance
-    from the bound are on it.
+    whose row vanishes, or whose bound is zero, is zero.
     """
     diagonal = jnp.diagonal(matrix)
     counts = (diagonal > NO_VARIABLE**2 * jnp.max(diagonal)) & (top > 0)
@@ -58,7 +57,7 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         return jnp.mean(x * low + (1 - x) * high) / 2
 
     def unfinished(at: InteriorPoint) -> Bool[Array, ""]:
-        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps * largest)
+        return (at.steps < MOST_STEPS) & (at.residual > CONVERGED * eps)
 
     def once_more(at: InteriorPoint) -> InteriorPoint:
         x, low, high, up = at.x, at.low, at.high, 1 - at.x
@@ -83,7 +82,8 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
         step = direction(aim - dx * dlow, aim + dx * dhigh)
         share = longest(*step)
         x, low, high = (v + share * d for v, d in zip((x, low, high), step, strict=True))
-        residual = jnp.maximum(gap(x, low, high), jnp.max(jnp.abs(slope(x) - low + high)))
+        products = jnp.max(jnp.maximum(x * low, (1 - x) * high))
+        residual = jnp.maximum(products, jnp.max(jnp.abs(slope(x) - low + high)) / largest)
         new = InteriorPoint(x, low, high, residual, at.steps + 1)
         # Beyond what rounding allows, the point before is the best there is.
         sound, last = jnp.isfinite(residual), at._replace(steps=jnp.asarray(MOST_STEPS))
@@ -94,10 +94,12 @@ def solve_box(matrix: Float[Array, "n n"], linear: Float[Array, " n"], top: Floa
     low, high = jnp.maximum(g, 0) + 1, jnp.maximum(-g, 0) + 1
     start = InteriorPoint(x, low, high, jnp.full_like(size, jnp.inf), jnp.asarray(0))
     found = jax.lax.while_loop(unfinished, once_more, start)
-    x = jnp.where(found.low > found.x, 0, jnp.where(found.high > 1 - found.x, 1, found.x))
+    # At a bound are those that the multiplier would take there.
+    across = jnp.diagonal(scaled)
+    x = jnp.where(found.low > across * found.x, 0, jnp.where(found.high > across * (1 - found.x), 1, found.x))
     # Where the slope vanishes at a bound too, the search comes there only as the root of the gap: once more for all in between.
     free = (x > 0) & (x < 1)
-    ridge = jnp.where(free, jnp.sqrt(eps) * jnp.diagonal(scaled), 1)
+    ridge = jnp.where(free, jnp.sqrt(eps) * across, 1)
     among = jnp.where(free[:, None] & free[None, :], scaled, 0) + jnp.diag(ridge)
     exact = jnp.clip(x - jnp.linalg.solve(among, jnp.where(free, slope(x), 0)), 0, 1)
     better = _violation(exact, slope(exact)) < MUCH_LESS * _violation(x, slope(x))

@@ -21,6 +21,7 @@ unit. The difference is a force on the pre-activation.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,6 +32,9 @@ INTERIOR = 1e-9
 """From here on a share is between its bounds."""
 FEW = 128
 """A box problem has this many places in any case."""
+
+MOST_SOLVED = 3
+"""How often the box problem of a step is solved at most, for units that pass through their kinks."""
 
 Response = Callable[[Float[Array, "*some parameters"]], Float[Array, "*some parameters"]]
 """What a constant force makes of the parameters over a step, relative to the length of the step."""
@@ -80,17 +84,26 @@ class SlidingProblem(NamedTuple):
     ) -> tuple[Float[Array, " near"], Float[Array, " near"]]:
         """The mean shares over the step, and those of units that slide at its end.
 
+        Units that slide make up for those that pass through their kinks, so that they are found once more with these.
         `beyond` is added to the distances at the end, where a step has shown that they are not those of first order.
         """
         own = jnp.where(self.distance > 0, 1.0, 0.0).astype(start.dtype)
         others = self._passing(own, self.end(start) + beyond, self.valid & ~self.attracts)
-        others = jnp.where(self.attracts, 0, others)
-        linear = self.free_rate + (self.distance + beyond) / self.size - self.matrix @ (self.signal * others)
-        top = jnp.where(self.attracts, self.signal, 0)
-        least = solve_box(self.matrix, linear, top) / jnp.where(top > 0, top, 1)
-        sliding = jnp.where(self.attracts, least, others)
-        bound = ((sliding <= INTERIOR) & (self.distance > 0)) | ((sliding >= 1 - INTERIOR) & (self.distance < 0))
-        return self._passing(sliding, self.end(sliding) + beyond, self.attracts & bound), sliding
+
+        def once_more(found: _Passing) -> _Passing:
+            linear = self.free_rate + (self.distance + beyond) / self.size
+            linear = linear - self.matrix @ (self.signal * jnp.where(found.passed, found.shares, 0))
+            top = jnp.where(found.passed, 0, self.signal)
+            shares = solve_box(self.matrix, linear, top) / jnp.where(top > 0, top, 1)
+            shares = jnp.where(found.passed, found.shares, shares)
+            bound = ((shares <= INTERIOR) & (self.distance > 0)) | ((shares >= 1 - INTERIOR) & (self.distance < 0))
+            mean = self._passing(shares, self.end(shares) + beyond, ~found.passed & bound)
+            sliding = jnp.where(found.solved == 0, shares, found.sliding)
+            return _Passing(found.passed | (mean != shares), mean, sliding, found.solved + 1, jnp.any(mean != shares))
+
+        start_of_search = _Passing(~self.attracts, others, others, jnp.asarray(0), jnp.asarray(True))
+        found = jax.lax.while_loop(lambda at: at.more & (at.solved < MOST_SOLVED), once_more, start_of_search)
+        return found.shares, found.sliding
 
     def _passing(self, shares: Array, end: Array, may: Array) -> Float[Array, " near"]:
         """The shares, for those units that pass through their kinks the part of the step that they are above it.
@@ -109,6 +122,20 @@ class SlidingProblem(NamedTuple):
         own = jnp.diagonal(self.matrix) * self.signal
         below, above = at + own * shares, at + own * (shares - 1)
         return self.valid & slid & (self.signal < 0) & (below < 0) & (above > 0)
+
+
+class _Passing(NamedTuple):
+    """Units that pass through their kinks, and the shares of all.
+
+    - `passed`: those whose shares are known; `sliding`: the shares at the end of the step.
+    - `solved`: how often for the others; `more`: whether one more has passed.
+    """
+
+    passed: Bool[Array, " near"]
+    shares: Float[Array, " near"]
+    sliding: Float[Array, " near"]
+    solved: Int[Array, ""]
+    more: Bool[Array, ""]
 
 
 class Candidates(NamedTuple):
