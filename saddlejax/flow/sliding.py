@@ -57,7 +57,11 @@ def slopes_of_step(
     near = _within(distance, reach, little(sides.z)) | sides.which
     ends = jnp.where(sides.which | (distance <= little(sides.z)), 0, jnp.maximum(distance + size * mean_rates, 0))
     heights = Heights(near, ends)
-    depends, risen = dependent_units(units, theta, heights, ends > 0, jnp.maximum(sides.signals * jump, 0))
+    pushes = jnp.maximum(sides.signals * jump, 0)
+    # Where nothing else moves units above, those do that come from below.
+    quiet = ~jnp.any(near & ((pushes > 0) | (ends > 0)), axis=1, keepdims=True)
+    pushes = jnp.where(quiet & near, jnp.maximum(distance + size * mean_rates, 0), pushes)
+    depends, risen = dependent_units(units, theta, heights, ends > 0, pushes)
     above = jnp.where(depends, risen, distance > 0)
     # Units come nearer to their kinks with what lower ones put out.
     moved = Heights(near & ~depends, jnp.maximum(distance, 0) + size * jnp.maximum(mean_rates, 0))
