@@ -12,6 +12,7 @@ from scipy.optimize import lsq_linear
 import saddlejax as sj
 from saddlejax.flow.box_problem import solve_box
 from saddlejax.flow.sides import sides_at
+from saddlejax.flow.sliding_problem import SlidingProblem
 from saddlejax.flow.units import KinkedUnits
 from saddlejax.networks.kinks import kinks_of
 from saddlejax.objective import as_problem
@@ -102,6 +103,54 @@ def test_box_problem_agrees_with_scipy(variables, rank):
         value = lambda x, m=matrix, c=linear: 0.5 * x @ m @ x - c @ x  # noqa: E731
         assert np.all((x >= 0) & (x <= top))
         assert value(x) <= value(other) + 1e-10 * abs(value(other))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_box_problem_finds_small_shares_and_slopes_that_vanish_at_a_bound(dtype):
+    solve = jax.jit(solve_box)
+    matrix, top = np.zeros((100, 100), dtype), np.zeros(100, dtype)
+    matrix[0, 0], top[0] = 0.94, 2e-3
+    for share in (0.3, 4e-5):
+        linear = np.zeros(100, dtype)
+        linear[0] = share * matrix[0, 0] * top[0]
+        np.testing.assert_allclose(solve(matrix, linear, top)[0] / top[0], share, rtol=1e-4)
+    # At (0.4, 0) the slope along the second variable is zero.
+    matrix, linear = np.array([[1, 0.5], [0.5, 1]], dtype), np.array([0.4, 0.2], dtype)
+    found = solve(matrix, linear, np.ones(2, dtype))
+    np.testing.assert_allclose(found, [0.4, 0], atol=100 * np.finfo(dtype).eps)
+
+
+def test_units_that_slide_make_up_for_one_that_passes_through_its_kink():
+    """With `dz/dt = r − K(σa)`: the first slides all the time, the second comes from above and leaves to below."""
+    matrix, signal, free = np.array([[2.0, 0.6], [0.6, 1.0]]), np.array([1.0, 0.5]), np.array([0.9, -0.1])
+    far, size = 0.02, 0.1
+
+    def sliding(above: float) -> tuple[float, float]:
+        """The share of the first with the second above or below, and the rate of the second."""
+        share = (free[0] - matrix[0, 1] * signal[1] * above) / (matrix[0, 0] * signal[0])
+        return share, free[1] - matrix[1] @ (signal * [share, above])
+
+    (before, rate), (after, leaves) = sliding(1), sliding(0)
+    part = -far / rate / size
+    assert 0 < part < 1 and leaves < 0
+    problem = SlidingProblem(
+        units=jnp.arange(2),
+        valid=jnp.array([True, True]),
+        distance=jnp.array([0, far]),
+        rate=jnp.array([0, rate]),
+        signal=jnp.asarray(signal),
+        common=jnp.asarray(signal),
+        jacobian=jnp.linalg.cholesky(jnp.asarray(matrix)),
+        free_rate=jnp.asarray(free),
+        matrix=jnp.asarray(matrix),
+        gradient=jnp.zeros(2),
+        size=jnp.asarray(size),
+    )
+    mean, last = problem.solve(jnp.array([before, 1.0]))
+    np.testing.assert_allclose(mean, [part * before + (1 - part) * after, part], rtol=1e-9)
+    np.testing.assert_allclose(problem.end(mean), [0, (1 - part) * size * leaves], atol=1e-12)
+    # At its end only the first slides; its share is then that of a step that begins below.
+    assert float(last[1]) == 0 and problem.slides(last).tolist() == [True, False]
 
 
 def test_lower_units_at_kinks_put_upper_ones_on_different_sides():

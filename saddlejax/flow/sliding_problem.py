@@ -87,8 +87,10 @@ class SlidingProblem(NamedTuple):
         Units that slide make up for those that pass through their kinks, so that they are found once more with these.
         `beyond` is added to the distances at the end, where a step has shown that they are not those of first order.
         """
-        repelled = self.valid & ~self.attracts
-        others = self._passing(jnp.where(repelled, self._before(start), start), beyond, repelled)
+        before = jnp.where(self.distance > 0, 1.0, 0.0).astype(start.dtype)
+        own = self.size * jnp.diagonal(self.matrix) * self.signal
+        end = self.end(start) + beyond
+        others = self._passing(before, end, end, self.valid & ~self.attracts)
 
         def once_more(found: _Passing) -> _Passing:
             linear = self.free_rate + (self.distance + beyond) / self.size
@@ -97,7 +99,8 @@ class SlidingProblem(NamedTuple):
             shares = solve_box(self.matrix, linear, top) / jnp.where(top > 0, top, 1)
             shares = jnp.where(found.passed, found.shares, shares)
             bound = ((shares <= INTERIOR) & (self.distance > 0)) | ((shares >= 1 - INTERIOR) & (self.distance < 0))
-            mean = self._passing(shares, beyond, ~found.passed & bound)
+            end = self.end(shares) + beyond
+            mean = self._passing(shares, end, end + own * (shares - before), ~found.passed & bound)
             sliding = jnp.where(found.solved == 0, shares, found.sliding)
             return _Passing(found.passed | (mean != shares), mean, sliding, found.solved + 1, jnp.any(mean != shares))
 
@@ -105,22 +108,17 @@ class SlidingProblem(NamedTuple):
         found = jax.lax.while_loop(lambda at: at.more & (at.solved < MOST_SOLVED), once_more, start_of_search)
         return found.shares, found.sliding
 
-    def _before(self, shares: Array) -> Float[Array, " near"]:
-        """The shares of units before they come to their kinks."""
-        return jnp.where(self.distance > 0, 1.0, 0.0).astype(shares.dtype)
-
-    def _passing(self, shares: Array, beyond: Array | float, may: Array) -> Float[Array, " near"]:
+    def _passing(self, shares: Array, end: Array, alone: Array, may: Array) -> Float[Array, " near"]:
         """The shares, for those units that pass through their kinks the part of the step that they are above it.
 
-        They get there at the rate of the start or at the mean one of the step with their slope before the kink, whichever
-        is faster.
+        They get there at the rate of the start where that takes them there, or else at the mean one of the step with their
+        slope before the kink, with which they would end at `alone`.
         """
-        end, before = self.end(shares) + beyond, self._before(shares)
-        alone = end + self.size * jnp.diagonal(self.matrix) * self.signal * (shares - before)
-        passes = may & (self.distance * end < 0) & (self.distance * alone < 0)
+        passes = may & (self.distance * end < 0)
         part = self.distance / jnp.where(passes, self.distance - alone, 1)
-        comes = passes & (self.distance * self.rate < 0)
-        part = jnp.where(comes, jnp.minimum(part, -self.distance / jnp.where(comes, self.size * self.rate, 1)), part)
+        moves = -self.size * self.rate * jnp.sign(self.distance)
+        comes = passes & (moves >= jnp.abs(self.distance))
+        part = jnp.where(comes, jnp.abs(self.distance) / jnp.where(comes, moves, 1), part)
         return jnp.where(passes, jnp.where(self.distance > 0, part, 1 - part), shares)
 
     def repelling(self, shares: Float[Array, " near"], slid: Bool[Array, " near"]) -> Bool[Array, " near"]:
