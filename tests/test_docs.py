@@ -113,7 +113,7 @@ def test_site_builds_and_its_links_resolve(tmp_path):
     assert "--bottleneck" in (tmp_path / "site" / "cli" / "index.html").read_text()
 
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[1-6]_*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[1-7]_*.py"))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
@@ -127,7 +127,7 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch, capsys):
 
 
 def test_pages_of_notebooks_are_theirs():
-    assert [page.stem for page in NOTEBOOK_PAGES] == [notebook.stem for notebook in NOTEBOOKS] and len(NOTEBOOKS) == 6
+    assert [page.stem for page in NOTEBOOK_PAGES] == [notebook.stem for notebook in NOTEBOOKS] and len(NOTEBOOKS) == 7
     render = runpy.run_path(str(ROOT / "notebooks" / "render.py"), run_name="render")
     for page, notebook in zip(NOTEBOOK_PAGES, NOTEBOOKS, strict=True):
         rest = page.read_text()
