@@ -58,8 +58,9 @@ for k, plateau in enumerate(plateaus[1:], 1):
     left.annotate(
         f"plateau {k}: rank {rank}",
         (np.exp(plateau.log_time) - plateaus[0].end, plateau.loss),
-        xytext=(6, 6),
+        xytext=(-4, -12),
         textcoords="offset points",
+        ha="right",
         fontsize=8,
     )
 left.set(xlabel="time after the first escape", ylabel="loss")
