@@ -147,8 +147,11 @@ def test_units_that_slide_make_up_for_one_that_passes_through_its_kink():
         size=jnp.asarray(size),
     )
     mean, last = problem.solve(jnp.array([before, 1.0]))
-    np.testing.assert_allclose(mean, [part * before + (1 - part) * after, part], rtol=1e-9)
-    np.testing.assert_allclose(problem.end(mean), [0, (1 - part) * size * leaves], atol=1e-12)
+    # Of the two rates at which the second may come the faster one counts: the other knows that the first makes up for it.
+    faster = -far / (free[1] - matrix[1] @ (signal * [after, 1])) / size
+    assert 0.7 * part < faster < part
+    np.testing.assert_allclose(mean, [faster * before + (1 - faster) * after, faster], rtol=1e-9)
+    np.testing.assert_allclose(problem.end(mean)[0], 0, atol=1e-12)
     # At its end only the first slides; its share is then that of a step that begins below.
     assert float(last[1]) == 0 and problem.slides(last).tolist() == [True, False]
 

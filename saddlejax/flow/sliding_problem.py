@@ -111,14 +111,13 @@ class SlidingProblem(NamedTuple):
     def _passing(self, shares: Array, end: Array, alone: Array, may: Array) -> Float[Array, " near"]:
         """The shares, for those units that pass through their kinks the part of the step that they are above it.
 
-        They get there at the rate of the start where that takes them there, or else at the mean one of the step with their
-        slope before the kink, with which they would end at `alone`.
+        They get there at the rate of the start, or at the mean one of the step with their slope before the kink, with which
+        they would end at `alone`, whichever is faster.
         """
         passes = may & (self.distance * end < 0)
         part = self.distance / jnp.where(passes, self.distance - alone, 1)
-        moves = -self.size * self.rate * jnp.sign(self.distance)
-        comes = passes & (moves >= jnp.abs(self.distance))
-        part = jnp.where(comes, jnp.abs(self.distance) / jnp.where(comes, moves, 1), part)
+        comes = passes & (self.distance * self.rate < 0)
+        part = jnp.where(comes, jnp.minimum(part, -self.distance / jnp.where(comes, self.size * self.rate, 1)), part)
         return jnp.where(passes, jnp.where(self.distance > 0, part, 1 - part), shares)
 
     def repelling(self, shares: Float[Array, " near"], slid: Bool[Array, " near"]) -> Bool[Array, " near"]:
