@@ -50,9 +50,10 @@ class EndingController(dfx.AbstractStepSizeController):
         ends = self.ends(args, y1)
         over = keep & (ends.at_rest | ends.no_plateau | ends.unsuited) | (y0.memory.at_rest > 0)
         result = dfx.RESULTS.where(over, dfx.RESULTS.event_occurred, result)
-        # A group whose units are at their kinks may be zero after a finite time, before which the clock never comes.
-        before, after = (args.layout.split(y.vector).time for y in (y0, y1))
-        stands_still = keep & (y1.memory.sliding > 0) & (after <= before)
+        # A group whose units are at their kinks may be zero after a finite time, to which the clock never comes: it goes so
+        # slowly that a unit of it does not change the time.
+        time, pace = (args.layout.split(y).time for y in (y1.vector, y1.rate))
+        stands_still = keep & (y1.memory.sliding > 0) & (time + pace <= time)
         result = dfx.RESULTS.where(stands_still, dfx.RESULTS.dt_min_reached, result)
         return keep & ~(y0.memory.at_rest > 0), begin, end, made_jump, state, result
 

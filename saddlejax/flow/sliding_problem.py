@@ -10,7 +10,8 @@ distances `d` of the kinks the shares solve the convex problem (`b = σα`)
 
 whose optimality conditions are those of reaching the kink at the end of the step (`0 < α < 1`) or of staying on one side of
 it. `R` is how parameters respond to a constant force over the step, relative to `h`: one for explicit steps, `φ_1(hA)` for
-exponential ones with the Jacobian `A`. Units that pass through their kink get the share of the step that they spend above it.
+exponential ones with the Jacobian `A`. Units that pass through their kink get the share of the step that they spend above it,
+and the problem is solved once more for the others, which make up for that.
 
 Where all lower units of a sample are silent but for those at their kinks, the units above are at zero with them (see
 `dependent_units`), and each excursion of a lower unit puts these on the sides to which it moves them. The sides differ
@@ -32,7 +33,6 @@ INTERIOR = 1e-9
 """From here on a share is between its bounds."""
 FEW = 128
 """A box problem has this many places in any case."""
-
 MOST_SOLVED = 3
 """How often the box problem of a step is solved at most, for units that pass through their kinks."""
 

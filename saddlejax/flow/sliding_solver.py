@@ -48,7 +48,7 @@ class SlidingWork(NamedTuple):
     - `gradients`: for slopes, at ends of steps, and for the forces of units that slide.
     - `products`: with the Hessian, for how units respond to their slopes.
     - `rows`: Jacobians of a single unit on a single sample.
-    - `problems`: box problems.
+    - `problems`: box problems, each with all its solutions for units that pass through their kinks.
     - `most`: the most units that would have taken part in one.
     - `repelling`: how often a unit left a kink that had come to repel it, from where the flow is not unique.
     """
