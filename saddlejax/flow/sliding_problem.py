@@ -34,7 +34,7 @@ INTERIOR = 1e-9
 FEW = 128
 """A box problem has this many places in any case."""
 MOST_SOLVED = 3
-"""How often the box problem of a step is solved at most, for units that pass through their kinks."""
+"""How often a box problem is solved at most, as more units turn out to pass through their kinks."""
 
 Response = Callable[[Float[Array, "*some parameters"]], Float[Array, "*some parameters"]]
 """What a constant force makes of the parameters over a step, relative to the length of the step."""
@@ -131,8 +131,9 @@ class SlidingProblem(NamedTuple):
 class _Passing(NamedTuple):
     """Units that pass through their kinks, and the shares of all.
 
-    - `passed`: those whose shares are known; `sliding`: the shares at the end of the step.
-    - `solved`: how often for the others; `more`: whether one more has passed.
+    - `passed`: those whose shares are known, which at first are all whose kinks do not attract.
+    - `shares`: the mean ones over the step; `sliding`: those at its end.
+    - `solved`: how often the others have been solved for; `more`: whether one more has passed since.
     """
 
     passed: Bool[Array, " near"]
